@@ -1,0 +1,561 @@
+"""The trail: who did what to what, on the disk before the answer leaves.
+
+`record` returns when the row is durable. Threads that arrive while a commit runs share the next one: the
+first to find nobody committing leads, commits everything that waits and wakes the others (group commit
+without a thread of its own; measured against a writer thread it needs one thread switch less per commit).
+
+When the audit database does not take rows they go to the `spool` of this process start and are brought in
+later, in order and once. A database that is away is borne for `outage_grace` seconds, a full disk for as
+long as the reserve lasts; after that `record` raises `AuditUnavailable`, and whoever wanted to hand
+something out must not.
+
+    online ──commit fails──► spooling ──grace over, or reserve used up──► refusing
+       ▲                        │                                            │
+       └──── database takes the spool, or tells the head: tried every second ┘
+
+After a commit whose outcome is unknown and that could not be spooled either, the head of the chain is
+unknown: nothing is recorded until the database has told it. That a row may exist for a hand-out that did
+not happen is harmless; the reverse is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from app.access.chain import ChainKeys, Head, Row
+from app.access.inspection import Verdict, inspect, prune
+from app.access.ledger import Fenced, Ledger, Writer
+from app.access.spool import Batch, Spool, orphans
+from app.clock import Clock
+from app.db.engine import Database
+from app.errors import AuditUnavailable, DatabaseUnavailable
+from app.telemetry import Event, log
+
+__all__ = ["Entry", "Found", "Page", "Trail"]
+
+Detail = str | int | float | bool | None | Sequence[str]
+
+_BATCH_LIMIT: Final = 1000
+_RESERVE: Final = 4 * 1024 * 1024  # about 15 000 rows
+_REVIVE_EVERY: Final = 1.0  # seconds between two attempts to return to the database
+_ACTOR: Final = re.compile(r"[a-z]+(:[A-Za-z0-9._-]{1,80})?")
+_ACTION: Final = re.compile(r"[a-z_]+:[a-z_]+:[a-z_]+")
+_OUTCOME: Final = re.compile(r"[a-z_]{1,32}")
+_TARGET: Final = re.compile(r"[A-Za-z0-9._:/*+-]{0,160}")
+_KEY: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+# No "@": an e-mail address does not fit. No longer than a SHA-256 in hex: nor do the vendors' access tokens.
+_HARMLESS: Final = re.compile(r"[A-Za-z0-9 ._:/*+,=-]{0,64}")
+_PERMISSION: Final = re.compile(r"[a-z]+:[a-z]+@[a-z0-9._*-]{1,128}")
+_REDACTED: Final = "(redacted)"
+_dump = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing to record.
+
+    `actor` is caller:NAME, admin:cli, admin:session, worker, hubspot:PORTAL or anonymous; `action` a
+    registered event name; `target` a name of ours; `outcome` a word. `detail` holds structured facts only:
+    a text that could be an address or a token is replaced by "(redacted)", a target that could not be a
+    name of ours by "(invalid)".
+    """
+
+    actor: str
+    action: str
+    target: str = ""
+    outcome: str = "done"
+    detail: Mapping[str, Detail] | None = None
+
+    def texts(self) -> tuple[str, str, str, str, str | None]:
+        """The five text columns; ValueError when actor, action or outcome are not words of ours."""
+        for pattern, word in ((_ACTOR, self.actor), (_ACTION, self.action), (_OUTCOME, self.outcome)):
+            if pattern.fullmatch(word) is None:
+                raise ValueError("actor, action and outcome of an audit entry are words of ours")
+        target = self.target if _TARGET.fullmatch(self.target) else "(invalid)"
+        return self.actor, self.action, target, self.outcome, _detail_text(self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One row as people read it."""
+
+    writer: str
+    n: int
+    at: datetime
+    actor: str
+    action: str
+    target: str
+    outcome: str
+    detail: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Search results, newest first; `next` goes into the following call's `before`, None at the end."""
+
+    rows: tuple[Found, ...]
+    next: str | None
+
+
+class Trail:
+    """The audit trail of one process; safe for threads and over a fork.
+
+    `key` (at least 32 bytes) comes from outside the audit database. `outage_grace` in seconds, 0 = fail
+    closed; `reserve` is the number of bytes allocated in `state_dir` for a full disk, at the first record
+    of the process.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        key: bytes,
+        *,
+        clock: Clock,
+        state_dir: Path,
+        outage_grace: float = 60.0,
+        reserve: int = _RESERVE,
+    ) -> None:
+        self._database = database
+        self._keys = ChainKeys(key)
+        self._ledger = Ledger(database, self._keys)
+        self._clock = clock
+        self._state_dir = state_dir
+        self._outage_grace = outage_grace
+        self._reserve = reserve
+        self._chain: _Chain | None = None
+        self._led = False
+        self._stopped = threading.Event()
+        self._begin()
+        _call_after_fork(self)
+
+    # --------------------------------------------------------------------------------------- recording
+
+    def record(self, entry: Entry) -> None:
+        """Write one row and return when it is durable; raises `AuditUnavailable`, and then nothing may be
+        handed out.
+        """
+        ticket = _Ticket(entry.texts())
+        with self._mutex:
+            self._waiting.append(ticket)
+            leads = not self._led
+            self._led = True
+        if not leads:
+            ticket.woken.acquire()
+        if not ticket.settled:
+            self._lead()
+        if ticket.failure is not None:
+            raise AuditUnavailable(ticket.failure)
+
+    def head(self) -> Head | None:
+        """Where this process's chain stands; None while it has recorded nothing."""
+        chain = self._chain
+        if chain is None:
+            return None
+        with self._pen:
+            return Head(chain.writer.id, chain.n, chain.mac.hex()) if chain.n else None
+
+    def log_head(self) -> None:
+        """Put the head into the log, which somebody else keeps: `verify` can hold the database to it. Once
+        a minute.
+        """
+        if (head := self.head()) is not None:
+            log(Event.AUDIT_HEAD, writer=head.writer, sequence=head.n, digest=head.mac[:16])
+
+    def adopt_orphans(self) -> int:
+        """Bring in what killed processes left in `state_dir`; the count of rows.
+
+        Call it when a process starts and now and then. Raises `DatabaseUnavailable`; what was not brought
+        in stays.
+        """
+        count = 0
+        for spool in orphans(self._state_dir):
+            count += self._adopt(spool)
+        if count:
+            log(Event.AUDIT_CAUGHT_UP, entries=count)
+        return count
+
+    def close(self) -> None:
+        """Bring in what is spooled if the database allows, and give up the reserve; recording again begins
+        a new chain.
+        """
+        self._stopped.set()
+        with self._pen:
+            chain, self._chain = self._chain, None
+            self._stopped = threading.Event()
+        if chain is not None and chain.spool is not None:
+            self._part_with(chain.spool)
+
+    # ----------------------------------------------------------------------------------------- reading
+
+    def verify(self, heads: Sequence[Head] = ()) -> Verdict:
+        """Check every row, gap and head; with `heads` from the log also what the database alone cannot
+        know.
+        """
+        return inspect(self._ledger, self._keys, heads)
+
+    def prune(self, older_than: datetime) -> int:
+        """Remove each writer's rows from before a moment, behind a kept head; the count of rows removed.
+
+        Rows are checked on their way out; a chain that is broken is left as it is, for `verify` to show.
+        """
+        return prune(self._ledger, self._keys, older_than)
+
+    def export(self, *, since: datetime | None = None) -> Iterator[str]:
+        """Every row as one line of JSON, by writer and number."""
+        for row in self._ledger.all_rows(since=since):
+            fields = {**_shown(row), "mac": row.mac.hex()}
+            yield _dump(fields)
+
+    def search(
+        self,
+        *,
+        actor: str | None = None,
+        action: str | None = None,
+        target: str | None = None,
+        outcome: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        before: str | None = None,
+        limit: int = 50,
+    ) -> Page:
+        """Rows that match every given field, newest first, a page at a time; ValueError for a `before` not
+        from us.
+        """
+        wanted = {"actor": actor, "action": action, "target": target, "outcome": outcome}
+        equal = {name: value for name, value in wanted.items() if value is not None}
+        rows = self._ledger.search(
+            equal=equal, since=since, until=until, before=_position(before), limit=limit + 1
+        )
+        page, more = rows[:limit], len(rows) > limit
+        return Page(
+            tuple(map(_found, page)), f"{page[-1].at}.{page[-1].writer}.{page[-1].n}" if more else None
+        )
+
+    # -------------------------------------------------------------------------------------- committing
+
+    def _begin(self) -> None:
+        """Fresh locks and no chain: for a new object and for a forked child, where old locks may be held by
+        nobody.
+        """
+        self._mutex = threading.Lock()
+        self._pen = (
+            threading.Lock()
+        )  # who holds it may write: to the database, to the spool, to the chain's state
+        self._waiting: list[_Ticket] = []
+        self._led = False
+        self._stopped = threading.Event()
+        self._reviver: threading.Thread | None = None
+        inherited, self._chain = self._chain, None
+        if inherited is not None and inherited.spool is not None:
+            inherited.spool.abandon()  # the lock is the parent's; kept open here it would outlive the parent
+
+    def _lead(self) -> None:
+        try:
+            with self._pen:
+                self._commit()
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Make the first who still waits the next leader."""
+        with self._mutex:
+            heir = self._waiting[0] if self._waiting else None
+            self._led = heir is not None
+        if heir is not None:
+            heir.woken.release()
+
+    def _commit(self) -> None:
+        chain = self._chain
+        if chain is None:
+            chain = self._chain = self._new_chain()
+        tickets: list[_Ticket] = []
+        rows: list[Row] = []
+        try:
+            if chain.away_since is None:
+                with self._database.write() as connection:
+                    tickets = (
+                        self._take()
+                    )  # only now: whoever came while we waited for the lock is in this commit
+                    rows = self._rows(chain, tickets)
+                    self._ledger.add(connection, chain.writer, before=chain.n, rows=rows)
+                chain.advance(rows)
+                _settle(tickets, None)
+                return
+        except DatabaseUnavailable as error:
+            chain.away(self._clock.elapsed(), full=_is_full(error))
+            log(Event.AUDIT_SPOOLING, entries=len(rows), reason=error.detail)
+        except (Fenced, IntegrityError):
+            chain.away(self._clock.elapsed(), full=False)
+            chain.certain = False
+            log(Event.AUDIT_UNAVAILABLE, reason="The stored head is not where this process left it.")
+        except BaseException:
+            chain.away(self._clock.elapsed(), full=False)
+            chain.certain = False
+            _settle(tickets or self._take(), "Recording failed; the log names the cause.")
+            raise
+        finally:
+            if chain.away_since is not None:
+                self._start_reviver()
+        self._spool(chain, tickets or self._take(), rows)
+
+    def _spool(self, chain: _Chain, tickets: list[_Ticket], rows: list[Row]) -> None:
+        attempted = bool(
+            rows
+        )  # a commit of these very rows may have succeeded unseen: they keep their numbers
+        refusal = self._refusal(chain)
+        if refusal is None:
+            rows = rows or self._rows(chain, tickets)
+            try:
+                chain.write_spool(rows)
+            except OSError as error:
+                refusal = f"The reserve of the audit trail cannot take more: {error.strerror}."
+        if refusal is not None:
+            chain.certain = chain.certain and not attempted
+            chain.tell_once(refusal)
+        _settle(tickets, refusal)
+
+    def _refusal(self, chain: _Chain) -> str | None:
+        if not chain.certain:
+            return "The state of the audit trail is unknown until its database answers."
+        if chain.spool is None:
+            return "The audit database is away and there is no reserve."
+        away = self._clock.elapsed() - (chain.away_since or 0.0)
+        if not chain.full and away >= self._outage_grace:
+            return "The audit database has been away for longer than the grace."
+        return None
+
+    def _take(self) -> list[_Ticket]:
+        with self._mutex:
+            taken, self._waiting = self._waiting[:_BATCH_LIMIT], self._waiting[_BATCH_LIMIT:]
+        return taken
+
+    def _rows(self, chain: _Chain, tickets: Sequence[_Ticket]) -> list[Row]:
+        at = int(self._clock.timestamp() * 1_000_000)
+        writer, n, mac = chain.writer.id, chain.n, chain.mac
+        rows = []
+        for ticket in tickets:
+            n += 1
+            row = Row(writer, n, at, *ticket.texts, b"")
+            mac = self._keys.mac(mac, row)
+            rows.append(row._replace(mac=mac))
+        return rows
+
+    def _new_chain(self) -> _Chain:
+        started = int(self._clock.timestamp() * 1_000_000)
+        writer = Writer(secrets.token_hex(16), socket.gethostname(), started)
+        try:
+            spool = Spool.create(self._state_dir, writer.id, reserve=self._reserve)
+        except OSError as error:
+            log(Event.AUDIT_UNAVAILABLE, reason=f"No reserve: {error.strerror}.")
+            spool = None
+        return _Chain(writer, spool, self._keys.origin(writer.id))
+
+    # --------------------------------------------------------------------------------------- returning
+
+    def _start_reviver(self) -> None:
+        if self._reviver is None or not self._reviver.is_alive():
+            self._reviver = threading.Thread(target=self._revive, name="audit-return", daemon=True)
+            self._reviver.start()
+
+    def _revive(self) -> None:
+        stopped, chain = self._stopped, self._chain
+        while chain is not None and not self._clock.wait(stopped, _REVIVE_EVERY):
+            if self._return(chain, stopped):
+                return
+
+    def _return(self, chain: _Chain, stopped: threading.Event) -> bool:
+        """Bring the spool in and go online again; false when it has to be tried once more."""
+        try:
+            done = self._deliver(chain.spool, 0)  # the bulk, while others go on spooling
+            with self._pen:
+                if stopped.is_set():
+                    return True
+                self._deliver(chain.spool, done)
+                if not chain.certain:
+                    chain.believe(self._ledger, self._keys)
+                spooled = chain.back()
+                self._reviver = None  # under the pen: who finds the database away next starts another one
+        except (DatabaseUnavailable, OSError):
+            return False
+        log(Event.AUDIT_CAUGHT_UP, entries=spooled)
+        return True
+
+    def _deliver(self, spool: Spool | None, start: int) -> int:
+        if spool is None:
+            return start
+        for end, batch in spool.batches(start):
+            self._ledger.deliver(batch)
+            start = end
+        return start
+
+    def _adopt(self, spool: Spool) -> int:
+        rows = 0
+        try:
+            for _, batch in spool.batches():
+                self._ledger.deliver(batch)
+                rows += len(batch.rows)
+        except BaseException:
+            spool.abandon()
+            raise
+        spool.remove()
+        return rows
+
+    def _part_with(self, spool: Spool) -> None:
+        try:
+            self._deliver(spool, 0)
+        except DatabaseUnavailable:
+            spool.abandon()
+            return
+        spool.remove()
+
+
+class _Ticket:
+    """One thread's row on its way; `woken` is released when it is settled, or when its thread shall lead."""
+
+    __slots__ = ("failure", "settled", "texts", "woken")
+
+    def __init__(self, texts: tuple[str, str, str, str, str | None]) -> None:
+        self.texts = texts
+        self.settled = False
+        self.failure: str | None = None
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
+
+class _Chain:
+    """The state of this process start's chain; touched only by who holds the pen."""
+
+    __slots__ = ("away_since", "certain", "full", "mac", "n", "spool", "spooled", "told", "writer")
+
+    def __init__(self, writer: Writer, spool: Spool | None, origin: bytes) -> None:
+        self.writer = writer
+        self.spool = spool
+        self.n = 0
+        self.mac = origin
+        self.certain = True
+        self.away_since: float | None = None
+        self.full = False
+        self.spooled = 0
+        self.told = False  # the log knows that nothing can be recorded
+
+    def advance(self, rows: Sequence[Row]) -> None:
+        self.n, self.mac = rows[-1].n, rows[-1].mac
+
+    def away(self, now: float, *, full: bool) -> None:
+        self.away_since, self.full = now, full
+
+    def back(self) -> int:
+        if self.spool is not None and not self.spool.empty:
+            self.spool.clear()
+        spooled, self.spooled = self.spooled, 0
+        self.away_since, self.full, self.told = None, False, False
+        return spooled
+
+    def tell_once(self, refusal: str) -> None:
+        if not self.told:
+            log(Event.AUDIT_UNAVAILABLE, reason=refusal)
+        self.told = True
+
+    def write_spool(self, rows: Sequence[Row]) -> None:
+        assert self.spool is not None
+        writer = self.writer
+        self.spool.append(Batch(writer.id, writer.host, writer.started, self.n, self.mac, rows))
+        self.advance(rows)
+        self.spooled += len(rows)
+
+    def believe(self, ledger: Ledger, keys: ChainKeys) -> None:
+        """Take the head over from the database."""
+        stored = ledger.writer(self.writer.id)
+        if stored is None:
+            self.n, self.mac = 0, keys.origin(self.writer.id)
+        else:
+            self.n, self.mac = stored.head_n, stored.head_mac[:32]
+        self.certain = True
+
+
+def _settle(tickets: Sequence[_Ticket], failure: str | None) -> None:
+    for ticket in tickets:
+        ticket.failure = failure
+        ticket.settled = True
+        ticket.woken.release()
+
+
+def _is_full(error: DatabaseUnavailable) -> bool:
+    """Whether the disk is full, below us or below the server (SQLITE_FULL; PostgreSQL Appendix A, 53100
+    disk_full).
+    """
+    cause = error.__cause__
+    origin = cause.orig if isinstance(cause, DBAPIError) else None
+    code = getattr(origin, "sqlite_errorcode", 0) or 0
+    return code & 0xFF == sqlite3.SQLITE_FULL or getattr(origin, "sqlstate", None) == "53100"
+
+
+def _detail_text(detail: Mapping[str, Detail] | None) -> str | None:
+    if detail is None:
+        return None
+    for key, value in detail.items():
+        if _KEY.fullmatch(key) is None:
+            raise ValueError("the keys of an audit detail are words of ours")
+        if not isinstance(value, (int, float, type(None))):
+            return _dump({name: _clean(item) for name, item in detail.items()})
+    return _dump(detail)
+
+
+def _clean(value: Detail) -> Detail:
+    if value is None or isinstance(value, (int, float)):
+        return value
+    if isinstance(value, str):
+        return value if _HARMLESS.fullmatch(value) or _PERMISSION.fullmatch(value) else _REDACTED
+    return [str(_clean(item)) for item in value]
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    found = _found(row)
+    return {
+        "writer": found.writer,
+        "n": found.n,
+        "at": found.at.isoformat(timespec="microseconds"),
+        "actor": found.actor,
+        "action": found.action,
+        "target": found.target,
+        "outcome": found.outcome,
+        "detail": found.detail,
+    }
+
+
+def _found(row: Row) -> Found:
+    at = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=row.at)
+    detail = None if row.detail is None else json.loads(row.detail)
+    return Found(row.writer, row.n, at, row.actor, row.action, row.target, row.outcome, detail)
+
+
+def _position(cursor: str | None) -> tuple[int, str, int] | None:
+    if cursor is None:
+        return None
+    at, writer, n = cursor.split(".")
+    return int(at), writer, int(n)
+
+
+def _call_after_fork(trail: Trail) -> None:
+    reference = weakref.ref(trail)
+
+    def in_child() -> None:
+        survivor = reference()
+        if survivor is not None:
+            survivor._begin()
+
+    os.register_at_fork(after_in_child=in_child)

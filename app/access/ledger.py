@@ -1,0 +1,237 @@
+"""The SQL of the trail: the only file that touches `audit` and `audit_writers`.
+
+Appending goes through the driver's own SQL, because it happens once for every hand-out: SQLite takes rows
+one by one without a round trip, PostgreSQL takes them as one statement over arrays, whose text is the same
+for any number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import BigInteger, Text, delete, select, text, tuple_, type_coerce, update
+from sqlalchemy.engine import Connection
+
+from app.access.chain import ChainKeys, Row, encode_head
+from app.access.spool import Batch
+from app.db.engine import Database
+from app.db.schema import audit, audit_writers
+
+__all__ = ["Fenced", "Ledger", "StoredWriter", "Writer"]
+
+_COLUMNS: Final = "writer, n, at, actor, action, target, outcome, detail, mac"
+_INSERT: Final = {
+    "sqlite": f"INSERT INTO audit ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - all constant
+    "postgresql": (
+        f"INSERT INTO audit ({_COLUMNS}) SELECT * FROM unnest("  # noqa: S608 - all constant
+        "%s::text[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
+        " %s::text[], %s::text[], %s::text[], %s::bytea[])"
+    ),
+}
+_ONCE: Final = " ON CONFLICT (writer, n) DO NOTHING"
+_ADVANCE: Final = {
+    "sqlite": "UPDATE audit_writers SET head_n = ?, head_mac = ? WHERE id = ? AND head_n = ?",
+    "postgresql": "UPDATE audit_writers SET head_n = %s, head_mac = %s WHERE id = %s AND head_n = %s",
+}
+_REGISTER: Final = (
+    "INSERT INTO audit_writers (id, host, started_at, kept_n, kept_mac, head_n, head_mac)"
+    " VALUES (:id, :host, :started, 0, :kept, :n, :head)"
+)
+_RAISE_HEAD: Final = (
+    " ON CONFLICT (id) DO UPDATE SET head_n = excluded.head_n, head_mac = excluded.head_mac"
+    " WHERE audit_writers.head_n < excluded.head_n"
+)
+_AT: Final = type_coerce(audit.c.at, BigInteger)
+_STORED: Final = (
+    audit.c.writer,
+    audit.c.n,
+    _AT.label("at"),
+    audit.c.actor,
+    audit.c.action,
+    audit.c.target,
+    audit.c.outcome,
+    type_coerce(audit.c.detail, Text).label("detail"),  # the text itself: the mac covers bytes, not meaning
+    audit.c.mac,
+)
+
+
+class Fenced(Exception):  # noqa: N818 - what happened, as in "fenced off"
+    """The stored head is not where this writer left it; it must be read again before anything is appended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """One process start; `started` in microseconds since 1970."""
+
+    id: str
+    host: str
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWriter:
+    """A row of audit_writers; both macs still carry their seals."""
+
+    id: str
+    kept_n: int
+    kept_mac: bytes
+    head_n: int
+    head_mac: bytes
+
+
+class Ledger:
+    """Reads and writes of the trail in its database."""
+
+    def __init__(self, database: Database, keys: ChainKeys) -> None:
+        self._database = database
+        self._keys = keys
+        self._insert = _INSERT[database.dialect]
+        self._advance = _ADVANCE[database.dialect]
+
+    def add(self, connection: Connection, writer: Writer, *, before: int, rows: Sequence[Row]) -> None:
+        """Append rows behind head number `before` and move the head, in the caller's transaction; raises
+        `Fenced`.
+        """
+        self._insert_rows(connection, rows, self._insert)
+        end = rows[-1]
+        head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
+        if before == 0:
+            self._register(connection, writer, end.n, head, _REGISTER)
+            return
+        moved = connection.exec_driver_sql(self._advance, (end.n, head, writer.id, before))
+        if moved.rowcount != 1:
+            raise Fenced
+
+    def deliver(self, batch: Batch) -> None:
+        """Bring a spooled batch in, in a transaction of its own; doing it twice is doing it once."""
+        end = batch.rows[-1]
+        head = encode_head(self._keys, "head", batch.writer, end.n, end.mac)
+        writer = Writer(batch.writer, batch.host, batch.started)
+        with self._database.write() as connection:
+            self._insert_rows(connection, batch.rows, self._insert + _ONCE)
+            self._register(connection, writer, end.n, head, _REGISTER + _RAISE_HEAD)
+
+    def writer(self, writer: str) -> StoredWriter | None:
+        """One writer's heads as stored."""
+        with self._database.read() as connection:
+            found = connection.execute(_writer_rows().where(audit_writers.c.id == writer)).one_or_none()
+        return None if found is None else StoredWriter(*found)
+
+    def writer_after(self, writer: str) -> str | None:
+        """The next writer's id in order, whether rows or only a head are left of it; begin with the empty
+        string.
+        """
+        with self._database.read() as connection:
+            named = connection.scalar(
+                select(audit_writers.c.id)
+                .where(audit_writers.c.id > writer)
+                .order_by(audit_writers.c.id)
+                .limit(1)
+            )
+            written = connection.scalar(
+                select(audit.c.writer).where(audit.c.writer > writer).order_by(audit.c.writer).limit(1)
+            )
+        return min((id_ for id_ in (named, written) if id_ is not None), default=None)
+
+    def rows_after(self, writer: str, n: int, *, limit: int = 2000) -> Sequence[Row]:
+        """A writer's next rows in order."""
+        question = (
+            select(*_STORED).where(audit.c.writer == writer, audit.c.n > n).order_by(audit.c.n).limit(limit)
+        )
+        with self._database.read() as connection:
+            return [_row(found) for found in connection.execute(question)]
+
+    def all_rows(self, *, since: datetime | None = None, page: int = 2000) -> Iterator[Row]:
+        """Every row by writer and number, read page by page so that neither memory nor the database's log
+        grows.
+        """
+        writer, n = "", 0
+        while True:
+            question = (
+                select(*_STORED)
+                .where(tuple_(audit.c.writer, audit.c.n) > tuple_(writer, n))
+                .order_by(audit.c.writer, audit.c.n)
+                .limit(page)
+            )
+            if since is not None:
+                question = question.where(audit.c.at >= since)
+            with self._database.read() as connection:
+                found = [_row(row) for row in connection.execute(question)]
+            yield from found
+            if len(found) < page:
+                return
+            writer, n = found[-1].writer, found[-1].n
+
+    def search(
+        self,
+        *,
+        equal: dict[str, str],
+        since: datetime | None,
+        until: datetime | None,
+        before: tuple[int, str, int] | None,
+        limit: int,
+    ) -> Sequence[Row]:
+        """Rows newest first; `before` is (at, writer, n) of the last row of the page before."""
+        question = select(*_STORED).where(*(audit.c[name] == value for name, value in equal.items()))
+        if since is not None:
+            question = question.where(audit.c.at >= since)
+        if until is not None:
+            question = question.where(audit.c.at < until)
+        if before is not None:
+            question = question.where(tuple_(_AT, audit.c.writer, audit.c.n) < tuple_(*before))
+        question = question.order_by(audit.c.at.desc(), audit.c.writer.desc(), audit.c.n.desc()).limit(limit)
+        with self._database.read() as connection:
+            return [_row(found) for found in connection.execute(question)]
+
+    def first_since(self, writer: str, moment: datetime) -> int | None:
+        """The lowest number of a writer's rows at or after the moment."""
+        question = select(audit.c.n).where(audit.c.writer == writer, audit.c.at >= moment).order_by(audit.c.n)
+        with self._database.read() as connection:
+            return connection.scalar(question.limit(1))
+
+    def forget(self, writer: str, *, kept_before: int, up_to: int, mac: bytes) -> int:
+        """Remove rows up to a number and put the kept head there, in one transaction; the count of rows
+        removed.
+        """
+        kept = encode_head(self._keys, "kept", writer, up_to, mac)
+        with self._database.write() as connection:
+            moved = connection.execute(
+                update(audit_writers)
+                .where(audit_writers.c.id == writer, audit_writers.c.kept_n == kept_before)
+                .values(kept_n=up_to, kept_mac=kept)
+            )
+            if moved.rowcount != 1:  # somebody else prunes at this moment
+                return 0
+            return connection.execute(
+                delete(audit).where(audit.c.writer == writer, audit.c.n <= up_to)
+            ).rowcount
+
+    def _insert_rows(self, connection: Connection, rows: Sequence[Row], statement: str) -> None:
+        if self._database.dialect == "sqlite":
+            connection.exec_driver_sql(statement, list(rows))
+            return
+        connection.exec_driver_sql(statement, tuple(list(column) for column in zip(*rows, strict=True)))
+
+    def _register(self, connection: Connection, writer: Writer, n: int, head: bytes, statement: str) -> None:
+        kept = encode_head(self._keys, "kept", writer.id, 0, self._keys.origin(writer.id))
+        values = {
+            "id": writer.id,
+            "host": writer.host,
+            "started": writer.started,
+            "kept": kept,
+            "n": n,
+            "head": head,
+        }
+        connection.execute(text(statement), values)
+
+
+def _writer_rows() -> Any:
+    columns = audit_writers.c
+    return select(columns.id, columns.kept_n, columns.kept_mac, columns.head_n, columns.head_mac)
+
+
+def _row(found: Any) -> Row:
+    return Row._make((*found[:8], bytes(found[8])))

@@ -1,0 +1,127 @@
+"""What a person must look at: one open finding per kind and subject, counted instead of repeated, closed by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection as Transaction
+from sqlalchemy.exc import IntegrityError
+
+from app.broker.store import new_id
+from app.db.engine import Database
+from app.db.schema import findings
+
+__all__ = ["Finding", "FindingKind", "close", "hold_of", "open_findings", "report"]
+
+
+class FindingKind(StrEnum):
+    """The kinds there are, and who fixes them."""
+
+    APP_MISCONFIGURED = "app_misconfigured"  # the operator: client id, secret or grant type of the app
+    PROVIDER_DOWN = "provider_down"  # nobody here: the provider
+    MASS_REFUSAL = "mass_refusal"  # look at the provider's status page before reconnecting anything
+    NEEDS_RECONNECT = "needs_reconnect"  # an admin: connect the account again
+    REVOKE_GAVE_UP = "revoke_gave_up"  # an admin: remove the grant at the provider by hand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One finding; `count` says how often it was seen while open."""
+
+    id: str
+    kind: str
+    app_id: str | None
+    connection_id: str | None
+    code: str | None
+    opened_at: datetime
+    seen_at: datetime
+    count: int
+
+
+_COLUMNS: Final = tuple(Finding.__dataclass_fields__)
+
+
+def report(
+    transaction: Transaction,
+    kind: FindingKind,
+    *,
+    now: datetime,
+    app_id: str | None = None,
+    connection_id: str | None = None,
+    code: str | None = None,
+) -> bool:
+    """Open the finding, or count it when it is open already; true when it is new."""
+    key = _key(kind, app_id, connection_id)
+    counted = transaction.execute(
+        sa.update(findings)
+        .where(findings.c.open_key == key)
+        .values(seen_at=now, count=findings.c.count + 1, code=code)
+    )
+    if counted.rowcount:
+        return False
+    try:
+        with transaction.begin_nested():
+            transaction.execute(
+                sa.insert(findings).values(
+                    id=new_id(),
+                    kind=kind.value,
+                    app_id=app_id,
+                    connection_id=connection_id,
+                    code=code,
+                    opened_at=now,
+                    seen_at=now,
+                    count=1,
+                    open_key=key,
+                )
+            )
+    except IntegrityError:
+        return False  # another process opened it between our two statements
+    return True
+
+
+def close(
+    transaction: Transaction,
+    kind: FindingKind,
+    *,
+    now: datetime,
+    app_id: str | None = None,
+    connection_id: str | None = None,
+) -> bool:
+    """Close the finding if it is open; true when it was."""
+    closed = transaction.execute(
+        sa.update(findings)
+        .where(findings.c.open_key == _key(kind, app_id, connection_id))
+        .values(closed_at=now, seen_at=now, open_key=None)
+    )
+    return closed.rowcount > 0
+
+
+def hold_of(transaction: Transaction, app_id: str, *, since: datetime) -> tuple[datetime | None, bool]:
+    """Since when a mass refusal of this app is open, and whether one was closed after `since`."""
+    mass = (findings.c.kind == FindingKind.MASS_REFUSAL.value) & (findings.c.app_id == app_id)
+    opened = transaction.execute(
+        sa.select(findings.c.opened_at).where(mass, findings.c.closed_at.is_(None))
+    ).scalar()
+    closed = transaction.execute(
+        sa.select(sa.func.count()).select_from(findings).where(mass, findings.c.closed_at >= since)
+    ).scalar_one()
+    return opened, closed > 0
+
+
+def open_findings(database: Database) -> list[Finding]:
+    """All open findings, the oldest first."""
+    query = (
+        sa.select(*(findings.c[name] for name in _COLUMNS))
+        .where(findings.c.closed_at.is_(None))
+        .order_by(findings.c.opened_at)
+    )
+    with database.read() as transaction:
+        return [Finding(**row._mapping) for row in transaction.execute(query)]
+
+
+def _key(kind: FindingKind, app_id: str | None, connection_id: str | None) -> str:
+    return f"{kind.value}:{app_id or ''}:{connection_id or ''}"

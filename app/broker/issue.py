@@ -1,0 +1,293 @@
+"""Handing out: who may have a token gets a living one at once, and everything is recorded before it leaves.
+
+What a process knows of a connection is kept opened in memory and believed for as long as the `connections` epoch says that
+the row has not changed; so the usual hand-out touches no database but the audit trail's. Only when no living token is left
+does a caller wait for a refresh, and only so many callers may wait that the rest of the threads go on serving the others.
+
+Order of checks (P3 before P6 before P5 before P2): permission, then life, then the record, then life once more, because the
+record may have taken a while.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from app.access.belief import EpochSource
+from app.access.callers import Caller
+from app.access.policy import Access, Action
+from app.broker.connection import AdminState, Connection, Tokens
+from app.broker.refresh import EndingKind, Refresher, trouble_of
+from app.broker.store import Store
+from app.clock import Clock
+from app.db.epoch import EpochWatch
+from app.errors import InvalidRequest, NotFound, RefreshInProgress
+from app.secret import Secret
+from app.telemetry import Event, metrics
+
+__all__ = ["DEFAULT_MAX_WAIT", "LONGEST_MAX_WAIT", "HandOut", "Issuer"]
+
+DEFAULT_MAX_WAIT: Final = 10.0
+LONGEST_MAX_WAIT: Final = 30.0
+FORCED_EVERY: Final = 30.0
+_SHORTEST_POLL: Final = 0.025
+_LONGEST_POLL: Final = 0.25
+_SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HandOut:
+    """A token on its way out, with what a caller needs to use it; one object per connection and generation."""
+
+    connection_id: str
+    connection: str
+    provider: str
+    app_id: str
+    account_id: str
+    user_id: str
+    instance_url: str | None
+    scopes: tuple[str, ...]
+    generation: int
+    access_token: Secret | None
+    expires_at: datetime | None
+    expires: float  # seconds since the epoch; 0 without a token
+    life: float
+    digest: str  # SHA-256 of the access token in hex
+    enabled: bool
+
+    def left(self, now: float) -> float:
+        """Seconds the token still lives."""
+        return self.expires - now
+
+
+class Issuer:
+    """The hand-out path; `waiters` is how many threads may wait for refreshes at the same time."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        access: Access,
+        refresher: Refresher,
+        epochs: EpochSource,
+        watch: EpochWatch,
+        clock: Clock,
+        waiters: int,
+        assumed_life: float,
+    ) -> None:
+        self._store = store
+        self._access = access
+        self._refresher = refresher
+        self._epochs = epochs
+        self._watch = watch
+        self._clock = clock
+        self._assumed_life = assumed_life
+        self._room = threading.BoundedSemaphore(max(1, waiters))
+        self._lock = threading.Lock()
+        self._known: dict[str, HandOut] = {}
+        self._names: dict[str, str] = {}
+        self._seen_epoch = -1
+        self._used: set[str] = set()
+
+    def issue(
+        self,
+        caller: Caller,
+        name: str,
+        *,
+        min_ttl: float | None = None,
+        max_wait: float | None = None,
+        rejected: str | None = None,
+    ) -> HandOut:
+        """A token of the connection that lives at least `min_ttl` seconds; waits at most `max_wait` seconds for one.
+
+        `rejected` is the SHA-256 (hex) of an access token the provider refused: it is refreshed away if it is still the
+        current one. Raises `Forbidden`, `NotFound`, `InvalidRequest`, `ConnectionDisabled`, `NeedsReconnect`,
+        `ProviderUnavailable` and its kin, `RefreshInProgress` or `AuditUnavailable`.
+        """
+        deadline: float | None = None
+        while True:
+            self._access.require(caller, Action.TOKEN_ISSUE, name)
+            token = self._current(name)
+            needed = _needed(token, min_ttl)
+            refused = rejected is not None and rejected == token.digest
+            if token.enabled and token.left(self._clock.timestamp()) >= needed and not refused:
+                if self._recorded(caller, token, needed):
+                    return token
+                continue
+            if deadline is None:
+                deadline = self._clock.elapsed() + _bounded(max_wait)
+            self._wait_for_another(caller, token, deadline=deadline, forced=refused)
+
+    def waiting(self) -> int:
+        """How many threads may still begin to wait."""
+        return self._room._value  # the semaphore offers no other way to look
+
+    def take_used(self) -> set[str]:
+        """The ids handed out since the last call, for `Store.mark_used`."""
+        used, self._used = self._used, set()
+        return used
+
+    def _recorded(self, caller: Caller, token: HandOut, needed: float) -> bool:
+        """Record the hand-out; false when the token did not outlive that or something may have changed meanwhile."""
+        began = self._clock.elapsed()
+        self._access.record(
+            caller.actor,
+            Event.TOKEN_ISSUED,
+            target=token.connection,
+            outcome="issued",
+            detail={"generation": token.generation},
+        )
+        if self._clock.elapsed() - began > _SLOW_RECORD and self._current(token.connection) is not token:
+            return False
+        if token.left(self._clock.timestamp()) < needed:
+            return False
+        self._used.add(token.connection_id)
+        return True
+
+    # What this process knows
+
+    def _current(self, name: str) -> HandOut:
+        epoch = self._epochs.look().connections
+        if epoch != self._seen_epoch:
+            self._drop_changed(epoch)
+        return self._known.get(name) or self._load(name)
+
+    def _drop_changed(self, epoch: int) -> None:
+        if not self._lock.acquire(blocking=self._seen_epoch < 0):
+            return  # another thread is at it; what we hold is a moment old at most
+        try:
+            if epoch <= self._seen_epoch:
+                return
+            if self._seen_epoch >= 0:
+                for identifier in self._watch.changed_connections(self._seen_epoch):
+                    self._known.pop(self._names.pop(identifier, ""), None)
+            self._seen_epoch = epoch
+        finally:
+            self._lock.release()
+
+    def _load(self, name: str) -> HandOut:
+        epoch = self._seen_epoch
+        found = self._store.read_with_tokens(name)
+        if found is None:
+            raise NotFound(f"There is no connection named {name!r}.")
+        token = _hand_out(*found, assumed_life=self._assumed_life)
+        with self._lock:
+            # A change noticed since would have been dropped before this was kept.
+            if self._seen_epoch == epoch:
+                self._known[name] = token
+                self._names[token.connection_id] = name
+        return token
+
+    # Waiting
+
+    def _wait_for_another(self, caller: Caller, token: HandOut, *, deadline: float, forced: bool) -> None:
+        """Return when the connection may have another token than this; raises what the caller must be told otherwise."""
+        with self._place_to_wait():
+            if forced and not self._store.claim_forced(token.connection_id, every=FORCED_EVERY):
+                self._follow(token, deadline=deadline)
+                return None
+            # Asked for, so the worker keeps it fresh from now on.
+            self._store.mark_used([token.connection_id], now=self._clock.now())
+            pause = _SHORTEST_POLL
+            while True:
+                connection = self._store.get(token.connection_id)
+                if connection is None or connection.generation != token.generation:
+                    return self._forget(token)
+                if connection.admin_state is not AdminState.ENABLED:
+                    self._deny(caller, token, trouble_of(connection, self._clock.now()).code)
+                    raise trouble_of(connection, self._clock.now())
+                if not self._refreshed(caller, connection, deadline):
+                    self._pause(pause, deadline)
+                    pause = min(2 * pause, _LONGEST_POLL)
+
+    def _refreshed(self, caller: Caller, connection: Connection, deadline: float) -> bool:
+        """Have it refreshed; false when another process is at it."""
+        try:
+            ending = self._refresher.ask(connection).result(max(0.0, deadline - self._clock.elapsed()))
+        except FutureTimeout:
+            raise RefreshInProgress() from None
+        if ending.error is not None:
+            raise copy.copy(ending.error)
+        return ending.kind is not EndingKind.BUSY
+
+    def _follow(self, token: HandOut, *, deadline: float) -> None:
+        """Somebody forced a refresh just now: wait for its end, or say when the next may be forced."""
+        pause = _SHORTEST_POLL
+        while True:
+            connection = self._store.get(token.connection_id)
+            if connection is None or connection.generation != token.generation:
+                return self._forget(token)
+            now = self._clock.now()
+            if connection.lease_until is None or connection.lease_until <= now:
+                since = (now - connection.forced_at).total_seconds() if connection.forced_at else 0.0
+                if since > 1.0:  # a moment for the one who claimed it to take the lease
+                    raise RefreshInProgress(
+                        "A refresh was forced a moment ago and brought no other token.",
+                        retry_after=max(1.0, FORCED_EVERY - since),
+                    )
+            self._pause(pause, deadline)
+            pause = min(2 * pause, _LONGEST_POLL)
+
+    def _pause(self, seconds: float, deadline: float) -> None:
+        left = deadline - self._clock.elapsed()
+        if left <= 0:
+            raise RefreshInProgress()
+        self._clock.sleep(min(seconds, left))
+
+    def _forget(self, token: HandOut) -> None:
+        with self._lock:
+            if self._known.get(token.connection) is token:
+                del self._known[token.connection]
+
+    @contextmanager
+    def _place_to_wait(self) -> Iterator[None]:
+        if not self._room.acquire(blocking=False):
+            metrics.waiters_turned_away.inc()
+            raise RefreshInProgress("Too many callers are waiting for refreshes.")
+        try:
+            yield
+        finally:
+            self._room.release()
+
+    def _deny(self, caller: Caller, token: HandOut, code: str) -> None:
+        self._access.record(caller.actor, Event.TOKEN_REFUSED, target=token.connection, outcome=code)
+
+
+def _needed(token: HandOut, min_ttl: float | None) -> float:
+    if min_ttl is None:
+        return min(60.0, token.life / 4)
+    if min_ttl > token.life / 2:
+        raise InvalidRequest(f"min_ttl may be at most {int(token.life / 2)} seconds for this connection.")
+    return max(min_ttl, 0.0) or 1e-9  # never a token that dies this very moment
+
+
+def _bounded(max_wait: float | None) -> float:
+    return DEFAULT_MAX_WAIT if max_wait is None else min(max(max_wait, 0.0), LONGEST_MAX_WAIT)
+
+
+def _hand_out(connection: Connection, tokens: Tokens, *, assumed_life: float) -> HandOut:
+    access_token = tokens.access_token
+    alive = access_token is not None and connection.expires_at is not None
+    return HandOut(
+        connection_id=connection.id,
+        connection=connection.name,
+        provider=connection.provider,
+        app_id=connection.app_id,
+        account_id=connection.account_id,
+        user_id=connection.user_id,
+        instance_url=connection.instance_url,
+        scopes=connection.scopes_granted,
+        generation=connection.generation,
+        access_token=access_token,
+        expires_at=connection.expires_at,
+        expires=connection.expires_at.timestamp() if alive and connection.expires_at else 0.0,
+        life=connection.life_seconds or assumed_life,
+        digest=access_token.sha256() if access_token else "",
+        enabled=connection.admin_state is AdminState.ENABLED and connection.exported_at is None,
+    )

@@ -1,0 +1,217 @@
+"""Answers that must not be lost between reading them and committing them.
+
+A provider that rotates has already voided the old refresh token when its answer arrives. So the sealed answer is appended
+to a local file and fsynced before the database is asked, and destroyed after the commit. One file per process start, locked
+for as long as the process lives; a starting process replays the files nobody holds.
+
+File format, one line per record, compatible forever:  `crc32(8 hex) SPACE json LF`
+    {"kind":"answer","attempt":…,"connection":…,"generation":…,"sealed":base64,"kek":…,"facts":{…}}
+    {"kind":"done","attempt":…}
+`sealed` is the very record the row will hold, bound to the row and its next generation; `facts` are the plain columns that
+go with it. A torn last line (a crash while appending) fails its checksum and is ignored: its answer was never acted on.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from app.crypto.envelope import Sealed
+from app.errors import Overloaded
+
+__all__ = ["FACT_NAMES", "FACT_STAMPS", "Entry", "Journal"]
+
+_SUFFIX: Final = ".journal"
+# What `Entry.facts` holds: columns in microseconds since 1970, plain columns, and what is needed when the row is gone.
+FACT_STAMPS: Final = ("obtained_at", "expires_at", "refresh_at", "last_refresh_at")
+FACT_NAMES: Final = ("life_seconds", "life_known", "rotation", "scopes_granted", "instance_url")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One answer on its way into the database: `facts` are column values as JSON (times in microseconds)."""
+
+    attempt: str
+    connection: str
+    generation: int
+    sealed: Sealed
+    facts: dict[str, Any]
+
+
+class Journal:
+    """This process's journal; `append` returns only when the entry would survive a crash of the machine."""
+
+    def __init__(self, directory: Path, process_id: str) -> None:
+        self._directory = directory
+        self._path = directory / f"{process_id}{_SUFFIX}"
+        self._lock = threading.Lock()
+        self._pending: set[str] = set()
+        self._descriptor: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name, recorded with each attempt so that people know where an answer may lie."""
+        return self._path.name
+
+    def append(self, entry: Entry) -> None:
+        """Write the entry through to the disk. Raises `Overloaded` when the disk refuses; then nothing was promised."""
+        line = _line(
+            {
+                "kind": "answer",
+                "attempt": entry.attempt,
+                "connection": entry.connection,
+                "generation": entry.generation,
+                "sealed": base64.b64encode(entry.sealed.blob).decode(),
+                "kek": entry.sealed.kek_id,
+                "facts": entry.facts,
+            }
+        )
+        with self._lock:
+            try:
+                descriptor = self._open()
+                _append(descriptor, line)
+            except OSError as fault:
+                raise Overloaded(f"The journal cannot be written: {fault.strerror}.") from None
+            self._pending.add(entry.attempt)
+
+    def done(self, attempt: str) -> None:
+        """Forget the entry: it is committed, or was found to be of no use.
+
+        When no other entry is pending the file is emptied, which destroys the sealed tokens in it. A crash before that
+        costs nothing: the replay is fenced on the generation.
+        """
+        with self._lock:
+            self._pending.discard(attempt)
+            if self._descriptor is None:
+                return
+            if self._pending:
+                _write_all(self._descriptor, _line({"kind": "done", "attempt": attempt}))
+            else:
+                os.ftruncate(self._descriptor, 0)
+
+    def pending_keks(self) -> set[str]:
+        """The KEKs named by entries of this host that are still to be committed, in any process's file."""
+        return {entry.sealed.kek_id for path in self._files() for entry in _entries(path)}
+
+    def adopt_orphans(self, settle: Callable[[Entry], None]) -> int:
+        """Hand every pending entry of files whose process is gone to `settle`, then destroy the file; how many."""
+        settled = 0
+        for path in self._files():
+            with _held(path) as held:
+                if not held:
+                    continue
+                for entry in list(_entries(path)):
+                    settle(entry)
+                    settled += 1
+                path.unlink(missing_ok=True)
+        return settled
+
+    def close(self) -> None:
+        """Give the file back; removes it when nothing is pending."""
+        with self._lock:
+            if self._descriptor is None:
+                return
+            if not self._pending:
+                self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            descriptor = os.open(self._path, flags, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The name must survive a crash as well as the content.
+            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+            self._descriptor = descriptor
+        return self._descriptor
+
+    def _files(self) -> list[Path]:
+        return sorted(self._directory.glob(f"*{_SUFFIX}")) if self._directory.is_dir() else []
+
+
+class _held:  # noqa: N801 - reads as the condition it is
+    """Holds another process's file if nobody does; enters with whether it could."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> bool:
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileNotFoundError, BlockingIOError):
+            return False
+        # Another adopter may have finished and removed it between our open and our lock.
+        return self._path.exists()
+
+    def __exit__(self, *_: object) -> Literal[False]:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        return False
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    body = json.dumps(record, separators=(",", ":"), sort_keys=True).encode()
+    return b"%08x " % zlib.crc32(body) + body + b"\n"
+
+
+def _append(descriptor: int, line: bytes) -> None:
+    size = os.fstat(descriptor).st_size
+    try:
+        _write_all(descriptor, line)
+        os.fsync(descriptor)
+    except OSError:
+        # Half a line must not swallow the next one.
+        os.ftruncate(descriptor, size)
+        raise
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    """The pending entries of one file, in order."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    records = [record for line in lines if (record := _record(line)) is not None]
+    done = {record["attempt"] for record in records if record["kind"] == "done"}
+    for record in records:
+        if record["kind"] == "answer" and record["attempt"] not in done:
+            yield Entry(
+                attempt=record["attempt"],
+                connection=record["connection"],
+                generation=record["generation"],
+                sealed=Sealed(blob=base64.b64decode(record["sealed"]), kek_id=record["kek"]),
+                facts=record["facts"],
+            )
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    checksum, _, body = line.partition(b" ")
+    try:
+        if not body or int(checksum, 16) != zlib.crc32(body):
+            return None
+    except (ValueError, binascii.Error):
+        return None
+    record = json.loads(body)
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,77 @@
+"""Bringing in answers that a dead process left in its journal on this host."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from app.broker.apps import Apps
+from app.broker.journal import Entry, Journal
+from app.broker.refresh import Refresher
+from app.broker.store import Store
+from app.clock import Clock
+from app.db.engine import Database
+from app.db.schema import attempts
+from app.errors import DrawbridgeError
+from app.oauth2.provider import Grant
+from app.telemetry import Event, log
+
+__all__ = ["Recovery"]
+
+
+class Recovery:
+    """Replays orphaned journals; every entry is fenced on the generation before it, so replaying twice does nothing."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: Store,
+        *,
+        journal: Journal,
+        apps: Apps,
+        refresher: Refresher,
+        clock: Clock,
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._journal = journal
+        self._apps = apps
+        self._refresher = refresher
+        self._clock = clock
+
+    def run(self) -> int:
+        """Adopt every journal of this host whose process is gone; how many answers lay in them.
+
+        Raises `DatabaseUnavailable` and leaves what it could not bring in where it is.
+        """
+        return self._journal.adopt_orphans(self._bring_in)
+
+    def _bring_in(self, entry: Entry) -> None:
+        with self._database.write() as transaction:
+            saved = self._store.replay(transaction, entry)
+            transaction.execute(
+                sa.update(attempts)
+                .where(attempts.c.id == entry.attempt, attempts.c.finished_at.is_(None))
+                .values(
+                    outcome="granted" if saved else "superseded",
+                    code="replayed",
+                    finished_at=self._clock.now(),
+                )
+            )
+        gone = not saved and self._store.get(entry.connection) is None
+        log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=gone)
+        if gone:
+            self._give_back(entry)
+
+    def _give_back(self, entry: Entry) -> None:
+        """Nobody keeps this grant: the connection was removed, or never came to be."""
+        try:
+            tokens = self._store.open(entry.sealed.blob, entry.connection, generation=entry.generation)
+            app = self._apps.open(entry.facts["app_id"])
+            grant = Grant(
+                "authorization_code", refresh_token=tokens.refresh_token, access_token=tokens.access_token
+            )
+            result = self._apps.provider(app.provider).revoke(app, grant, wire=self._refresher.wire())
+        except DrawbridgeError as error:
+            log(Event.REVOKE_FAILED, connection_id=entry.connection, code=error.code)
+            return
+        log(Event.REVOKE_DONE, connection_id=entry.connection, outcome=result)

@@ -1,0 +1,219 @@
+"""Bringing connections in from elsewhere, and handing one over to another installation.
+
+Import takes one JSON object per line. Export seals a connection to a public key the operator names and marks it as moved:
+two installations that refresh the same grant revoke each other's tokens, so this one never refreshes it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import RAISE, Schema, ValidationError, fields, validate
+from sqlalchemy.exc import IntegrityError
+
+from app.access.audit import Entry, Trail
+from app.broker.apps import AppRow, Apps
+from app.broker.connection import Connection, ConnectionId, Health, Rotation, Tokens
+from app.broker.store import Store, check_name, new_id
+from app.clock import Clock
+from app.crypto.sealed_box import seal_to
+from app.db.engine import Database
+from app.errors import Conflict, DrawbridgeError, InvalidRequest
+from app.secret import Secret
+from app.telemetry import Event, log
+
+__all__ = ["Imported", "Transfer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What became of one line: `outcome` is added, replaced or failed; `problem` says why."""
+
+    line: int
+    outcome: str
+    name: str | None = None
+    problem: str | None = None
+
+
+class _Line(Schema):
+    """One imported connection; unknown fields are refused, so that a misspelt one is noticed."""
+
+    class Meta:
+        unknown = RAISE
+
+    provider = fields.String(required=True)
+    app = fields.String(load_default=None)
+    account_id = fields.String(required=True, validate=validate.Length(1, 255))
+    user_id = fields.String(load_default=None, allow_none=True, validate=validate.Length(max=255))
+    access_token = fields.String(load_default=None, allow_none=True, validate=validate.Length(min=1))
+    refresh_token = fields.String(load_default=None, allow_none=True, validate=validate.Length(min=1))
+    expires_at = fields.Raw(load_default=None, allow_none=True)
+    scopes = fields.List(fields.String(), load_default=None, allow_none=True)
+    instance_url = fields.Url(
+        load_default=None, allow_none=True, require_tld=False, schemes={"https", "http"}
+    )
+    name = fields.String(load_default=None, allow_none=True)
+
+
+class Transfer:
+    """Import and export."""
+
+    def __init__(self, database: Database, store: Store, *, apps: Apps, trail: Trail, clock: Clock) -> None:
+        self._database = database
+        self._store = store
+        self._apps = apps
+        self._trail = trail
+        self._clock = clock
+
+    def import_lines(self, lines: Iterable[str], *, actor: str = "admin:cli") -> Iterator[Imported]:
+        """Store each line as a connection, one transaction each; a bad line is reported and the rest goes on."""
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                name, outcome = self._import(line, actor)
+            except DrawbridgeError as error:
+                yield Imported(line=number, outcome="failed", problem=error.detail)
+            else:
+                log(Event.CONNECTION_IMPORTED, connection=name, outcome=outcome)
+                yield Imported(line=number, outcome=outcome, name=name)
+
+    def _import(self, line: str, actor: str) -> tuple[str, str]:
+        data = _parse(line)
+        app = self._apps.find(f"{data['provider']}/{data['app'] or 'default'}")
+        provider = self._apps.provider(app.provider)
+        if data["refresh_token"] is None and data["access_token"] is None:
+            raise InvalidRequest("Neither access_token nor refresh_token is given.")
+        identity = provider.identity_of(self._apps.open(app.id), data["account_id"], data["user_id"] or "")
+        existing = self._store.by_identity(app.id, identity)
+        after = self._row(app, data, identity=identity, existing=existing)
+        tokens = Tokens(
+            access_token=_secret(data["access_token"]), refresh_token=_secret(data["refresh_token"])
+        )
+        sealed = self._store.seal(tokens, after.id, generation=after.generation)
+        try:
+            with self._database.write() as transaction:
+                if existing is None:
+                    self._store.insert(transaction, after, sealed)
+                elif not self._store.reinstall(transaction, after, sealed):
+                    raise Conflict("The connection changed while it was imported; import the line again.")
+                self._trail.record(Entry(actor, Event.CONNECTION_IMPORTED, after.name))
+        except IntegrityError:
+            raise Conflict(f"The name {after.name!r} is taken by another account.") from None
+        return after.name, "replaced" if existing else "added"
+
+    def _row(
+        self, app: AppRow, data: dict[str, Any], *, identity: str, existing: Connection | None
+    ) -> Connection:
+        provider = self._apps.provider(app.provider)
+        now = self._clock.now()
+        expires_at = _instant(data["expires_at"]) if data["access_token"] else None
+        if data["access_token"] and expires_at is None:
+            expires_at = (
+                now  # its age is unknown: it is not handed out, the refresh token brings the first good one
+            )
+        default = "-".join(filter(None, (app.provider, data["account_id"], data["user_id"]))).lower()
+        base = existing or Connection(
+            id=ConnectionId(new_id()),
+            name=check_name(data["name"] or default),
+            provider=app.provider,
+            app_id=app.id,
+            grant_type="authorization_code",
+            account_id=data["account_id"],
+            user_id=data["user_id"] or "",
+            identity=identity,
+            rotation=Rotation(provider.rotation_at_start),
+            created_at=now,
+        )
+        scopes = app.scopes if data["scopes"] is None else tuple(data["scopes"])
+        return replace(
+            base,
+            health=Health.HEALTHY,
+            generation=base.generation + 1,
+            expires_at=expires_at,
+            obtained_at=now if expires_at else None,
+            life_seconds=base.life_seconds,
+            scopes_wanted=app.scopes,
+            scopes_granted=scopes,
+            instance_url=data["instance_url"] or base.instance_url,
+            lease_until=None,
+            open_attempt=None,
+            last_try=False,
+            refused_generation=None,
+            refused_at=None,
+            failures=0,
+            retry_at=None,
+            refresh_at=now if data["refresh_token"] else None,
+            last_error=None,
+            exported_at=None,
+            connected_at=now,
+        )
+
+    def export(self, name: str, *, public_key_pem: bytes, actor: str = "admin:cli") -> bytes:
+        """The connection with its tokens, sealed to the key; from now on this installation leaves the grant alone.
+
+        Raises `NotFound`, `Conflict` while a refresh is under way, and `InvalidRequest` for a key that is none.
+        """
+        seen = self._store.named(name)
+        found = self._store.tokens_of(seen.id)
+        if found is None or found[0].open_attempt is not None:
+            raise Conflict("A refresh is under way; export again in a moment.")
+        connection, tokens = found
+        line = {
+            "provider": connection.provider,
+            "account_id": connection.account_id,
+            "user_id": connection.user_id or None,
+            "access_token": tokens.access_token.reveal() if tokens.access_token else None,
+            "refresh_token": tokens.refresh_token.reveal() if tokens.refresh_token else None,
+            "expires_at": connection.expires_at.isoformat() if connection.expires_at else None,
+            "scopes": list(connection.scopes_granted),
+            "instance_url": connection.instance_url,
+            "name": connection.name,
+        }
+        sealed = seal_to(public_key_pem, json.dumps(line).encode())
+        with self._database.write() as transaction:
+            if not self._store.mark_exported(transaction, connection, now=self._clock.now()):
+                raise Conflict("A refresh came in between; export again.")
+            self._trail.record(Entry(actor, Event.CONNECTION_EXPORTED, name))
+        log(Event.CONNECTION_EXPORTED, connection=name, provider=connection.provider)
+        return sealed
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(line)
+    except ValueError:
+        raise InvalidRequest("The line is not JSON.") from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest("The line is not a JSON object.")
+    try:
+        data: dict[str, Any] = _Line().load(raw)
+    except ValidationError as fault:
+        # Messages of ours and names of fields only: a value might be a token.
+        said = dict(fault.messages_dict)
+        faults = "; ".join(f"{field}: {' '.join(map(str, texts))}" for field, texts in said.items())
+        raise InvalidRequest(faults) from None
+    return data
+
+
+def _instant(value: Any) -> datetime | None:
+    """RFC 3339 text or seconds since 1970."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str):
+            parsed = datetime.fromisoformat(value)
+            return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    raise InvalidRequest("expires_at is neither RFC 3339 nor seconds since 1970.")
+
+
+def _secret(text: str | None) -> Secret | None:
+    return None if text is None else Secret(text)
