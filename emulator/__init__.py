@@ -11,9 +11,9 @@ connection after one answer. Broken answers are then really broken on the wire; 
 requests a second at most, and no protection against a hostile network. It is not for exposure.
 
 The map: `process` binds the ports, `serving` is the door every request passes, `faults` what can go wrong
-there, `vendor` what both servers share, `hubspot` and `salesforce` the rules, `*_answers` their refusals, `*_web` their HTTP faces,
-`ledger` what was received, `control_web` and `control` the way in for tests, `world` set-up in bulk and for
-the demo.
+there, `vendor` what both servers share, `hubspot` and `salesforce` the rules, `*_answers` their refusals,
+`*_web` their HTTP faces, `ledger` what was received, `control_web` and `control` the way in for tests, `world`
+set-up in bulk and for the demo.
 """
 
 from emulator.control import (

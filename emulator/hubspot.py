@@ -1,7 +1,7 @@
 """HubSpot's rules: scopes at install, the token endpoint's verdicts, introspection, revocation, uninstall.
 
-One choice: an install is remembered apart from its grants, because re-authorising keeps earlier
-scopes that the app's settings still declare; the price is a second place that uninstalling has to clear.
+One choice: an install is remembered apart from its grants, because re-authorising keeps earlier scopes that
+the app's settings still declare; the price is a second place that uninstalling has to clear.
 """
 
 from __future__ import annotations
@@ -356,9 +356,7 @@ class HubSpot(Vendor):
             for each in self.store.matching(same):
                 self.store.revoke(each, "uninstalled", with_access=False)
 
-        # -- answers and subjects --
-
-        return build(self)
+    # -- answers and subjects --
 
     def knows_problem(self, name: str) -> bool:
         return name in VERDICTS or name in API_PROBLEMS

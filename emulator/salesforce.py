@@ -1,8 +1,7 @@
-"""Salesforce's rules: flows, rotation that punishes reuse, one refresh at a time, five approvals per user and
-app.
+"""Salesforce's rules: flows, rotation that punishes reuse, one refresh at a time, five approvals per user.
 
-One choice: the busy lock is per refresh token and can be widened to the
-app by a setting, because reports disagree about its scope.
+One choice: the busy lock is per refresh token and can be widened to the app by a setting, because reports
+disagree about its scope.
 """
 
 from __future__ import annotations
@@ -409,9 +408,7 @@ class Salesforce(Vendor):
             **times,
         }
 
-        # -- answers and subjects --
-
-        return build(self)
+    # -- answers and subjects --
 
     def knows_problem(self, name: str) -> bool:
         return name in PROBLEMS or name in API_PROBLEMS

@@ -10,6 +10,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -198,7 +199,9 @@ def _drop() -> Response:
     """Close the connection under the server's feet; what it writes afterwards goes nowhere."""
     g.dropped = True
     connection: socket.socket = request.environ["werkzeug.socket"]
-    connection.shutdown(socket.SHUT_RDWR)
+    # A client that gave up first has closed its end, and then there is nothing left to shut.
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
     return Response("")
 
 

@@ -22,7 +22,7 @@ from app.clock import Clock
 from app.crypto.envelope import Place, check_canary, make_canary, open_, seal
 from app.crypto.keyring import Keyring
 from app.db.engine import Database
-from app.db.schema import epochs, installation, keks, processes
+from app.db.schema import installation, keks, processes
 from app.errors import DatabaseMismatch
 from app.telemetry import Event, log
 
@@ -47,7 +47,7 @@ def audit_key_place() -> Place:
 
 
 def found_installation(database: Database, keyring: Keyring, clock: Clock, *, public_url: str) -> None:
-    """Make the installation's row, epochs and first KEK if they are not there; safe when several processes try."""
+    """Make the installation's row and first KEK if they are not there; safe when several processes try."""
     with database.read() as transaction:
         if transaction.execute(sa.select(installation.c.id)).one_or_none() is not None:
             return
@@ -58,9 +58,6 @@ def found_installation(database: Database, keyring: Keyring, clock: Clock, *, pu
     try:
         with database.write() as transaction:
             transaction.execute(sa.insert(installation).values(**row, audit_key=audit_key, kek_id=kek.id))
-            transaction.execute(
-                sa.insert(epochs), [{"name": "access", "value": 1}, {"name": "connections", "value": 1}]
-            )
             add_kek(transaction, keyring, kek.id, now=now)
     except IntegrityError:
         return  # another process founded it at the same moment
@@ -159,7 +156,8 @@ class Presence:
         log(Event.STARTED, kind=self._kind, version=self._version)
 
     def beat(self) -> None:
-        """Say that it lives; enters again if it was taken for dead."""
+        """Say that it lives and which KEKs it holds; enters again if it was taken for dead."""
+        self._keyring.reload()
         with self._database.write() as transaction:
             seen = transaction.execute(
                 sa.update(processes)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from app.access.audit import Entry, Trail
-from app.broker.installation import add_kek, alive, audit_key_place
+from app.broker.installation import ProcessRow, add_kek, alive, audit_key_place
 from app.broker.journal import Journal
 from app.broker.store import place_of
 from app.clock import Clock
@@ -32,6 +32,8 @@ __all__ = ["KekRow", "Keys", "Progress"]
 _BATCH: Final = 200
 # Every process notices the new active KEK within a second; until then one may still seal under the old.
 _NOTICE: Final = 1.0
+# Processes read a changed keyring file at each heartbeat, every ten seconds.
+_PATIENCE: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +194,16 @@ class Keys:
         return wanted
 
     def _refuse_unless_held_by_all(self, target: str) -> None:
-        lacking = [row for row in alive(self._database, now=self._clock.now()) if target not in row.kek_ids]
-        if lacking:
+        give_up = self._clock.elapsed() + _PATIENCE
+        while lacking := self._lacking(target):
+            if self._clock.elapsed() < give_up:
+                self._clock.sleep(0.5)
+                continue
             where = ", ".join(f"{row.kind} {row.pid} on {row.host}" for row in lacking)
             raise Conflict(f"{where} does not hold {target!r}; give it the new keyring and restart it first.")
+
+    def _lacking(self, target: str) -> list[ProcessRow]:
+        return [row for row in alive(self._database, now=self._clock.now()) if target not in row.kek_ids]
 
     def _rewrap_all(self, target: str) -> Iterator[Progress]:
         total = sum(self._left(holder, target) for holder in _HOLDERS)

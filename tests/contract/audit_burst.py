@@ -1,4 +1,4 @@
-"""A process that writes to the audit trail as fast as it can and says what was acknowledged, until it is killed."""
+"""A process that records as fast as it can and prints each target that was acknowledged, until it is killed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from app.access.audit import Entry, Trail
 from app.clock import Clock
 from tests.access_stage import AUDIT_KEY, databases
+from tests.contract.audit_outage import take_away
 
 
-def main(url: str, state: str, away: str) -> None:
-    """Record from eight threads; each line on stdout is the target of one acknowledged row."""
+def main(url: str, state: str, mode: str) -> None:
+    """Record from eight threads; in mode `away` the database disappears after the first row."""
     clock = Clock()
     _, database = databases(url, Path(state), clock)
     trail = Trail(database, AUDIT_KEY, clock=clock, state_dir=Path(state))
-    if away == "away":
-        trail.record(Entry("worker", "test:burst:begun"))
-        database.url = None  # type: ignore[assignment]
-        _take_away(Path(state))
+    trail.record(Entry("worker", "test:burst:begun", "begun"))
+    if mode == "away":
+        take_away(database)
 
     def write(name: int) -> None:
         for count in range(1_000_000):
@@ -31,11 +31,6 @@ def main(url: str, state: str, away: str) -> None:
     for name in range(8):
         threading.Thread(target=write, args=(name,), daemon=True).start()
     threading.Event().wait()
-
-
-def _take_away(state: Path) -> None:
-    """Lock the audit database for good, from a connection of its own: every commit fails from now on."""
-    raise NotImplementedError(state)
 
 
 if __name__ == "__main__":

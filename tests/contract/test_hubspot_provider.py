@@ -251,3 +251,23 @@ def test_uninstall_is_tried_again_when_nobody_answers(stage: EmulatorStage) -> N
     away = having(stage.app, api_url=closed_port_url().removesuffix("/token"))
     wire = stage.wire(away)
     assert stage.provider.uninstall(away, Secret("a"), wire=wire) == "retry"
+
+
+def test_identity_from_ids_alone_is_the_one_connecting_gives(stage: EmulatorStage) -> None:
+    """An imported connection and a connected one are the same connection."""
+    portal = stage.accounts[0]
+    account = stage.provider.identify(stage.app, stage.connect(account=portal), wire=stage.wire())
+    assert stage.provider.identity_of(stage.app, portal, "") == account.identity
+    assert stage.provider.identity_of(having(stage.app, user_level=True), portal, "7") == f"{portal}:7"
+
+
+@pytest.mark.parametrize(
+    ("account_id", "user_id", "user_level"),
+    [("na1-7", "", False), ("", "", False), ("7", "", True), ("7", "x", True)],
+)
+def test_identity_needs_the_ids_that_count(
+    stage: EmulatorStage, account_id: str, user_id: str, user_level: bool
+) -> None:
+    """A portal is a number, and a user-level app needs the user's as well."""
+    with pytest.raises(InvalidRequest):
+        stage.provider.identity_of(having(stage.app, user_level=user_level), account_id, user_id)

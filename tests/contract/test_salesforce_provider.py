@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.errors import InvalidRequest, ProviderMisconfigured, ProviderUnavailable
 from app.oauth2.outcomes import Granted, Misconfigured, Refused, Unavailable
-from app.oauth2.provider import App, Grant
+from app.oauth2.provider import App, Grant, life_of
 from app.providers.salesforce import Salesforce, full_id, instance_url
 from app.secret import Secret
 from emulator.control import Control
@@ -318,3 +319,36 @@ def test_login_url_must_be_a_login_host(url: str) -> None:
     """Credentials go to Salesforce's login hosts or My Domain, and the option says what is wrong."""
     with pytest.raises(InvalidRequest, match="login_url"):
         Salesforce().load_options({"login_url": url})
+
+
+def test_identity_from_ids_alone_is_the_one_connecting_gives(stage: EmulatorStage) -> None:
+    """An imported connection is the connected one, whichever length its ids came in."""
+    account = stage.provider.identify(stage.app, stage.connect(), wire=stage.wire())
+    org, user = account.account_id, account.user_id
+    assert stage.provider.identity_of(stage.app, org[:15], user) == account.identity
+    for ids in (("", user), (org, ""), (org + "x", user)):
+        with pytest.raises(InvalidRequest):
+            stage.provider.identity_of(stage.app, *ids)
+
+
+@pytest.mark.parametrize(
+    ("claims", "life"),
+    [
+        ({"active": True, "exp": 1900, "iat": 1000}, 900.0),
+        ({"active": True, "exp": 1900}, 900.0),
+        ({"active": True, "exp": 1900, "iat": 1500}, 400.0),
+        ({"active": True, "exp": 1900, "iat": 10}, 900.0),
+        ({"active": True, "exp": 999, "iat": 10}, None),
+        ({"active": True, "exp": "1900"}, None),
+        ({"active": True, "exp": 1900_000_000_000}, None),
+        ({"active": True, "exp": True}, None),
+        ({"active": True}, None),
+        ({"active": False, "exp": 1900}, None),
+        ({"exp": 1900}, None),
+        ({}, None),
+    ],
+)
+def test_life_is_the_shorter_of_two_readings(claims: dict[str, object], life: float | None) -> None:
+    """Clocks that disagree never make a token outlive itself, and a strange answer tells nothing."""
+    granted = Granted(Secret("a"), None, sent_at=datetime.fromtimestamp(1000, UTC))
+    assert life_of(claims, granted=granted) == life
