@@ -118,6 +118,7 @@ class Issuer:
             refused = rejected is not None and rejected == token.digest
             if token.enabled and token.left(self._clock.timestamp()) >= needed and not refused:
                 if self._recorded(caller, token, needed):
+                    metrics.hand_outs.labels(token.provider, "kept" if deadline is None else "waited").inc()
                     return token
                 continue
             if deadline is None:

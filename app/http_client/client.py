@@ -41,7 +41,7 @@ _INSTANCE_DOMAINS: Final = ("salesforce.com", "salesforce.mil")
 _BODYLESS_STATUS: Final = frozenset({204, 304})
 
 
-class WireFault(Exception):  # noqa: N818 - what happened, not an error class
+class WireFault(Exception):
     """A request brought no complete answer; `reason` is a short machine word and holds nothing of the
     request.
     """
@@ -72,7 +72,7 @@ class Unfinished(WireFault):
     """
 
 
-class Abandoned(Exception):  # noqa: N818 - what happened, not an error class
+class Abandoned(Exception):
     """Raised by a `before_body` hook that does not want the request sent any more; it becomes
     NotSent("abandoned").
     """
@@ -248,7 +248,7 @@ class _Request:
     content: bytes
 
 
-class _Oversized(Exception):  # noqa: N818 - what happened, not an error class
+class _Oversized(Exception):
     """The answer is longer than the caller takes."""
 
 
@@ -340,8 +340,9 @@ class _Exchange:
     def _open(self, address: Address, port: int, seconds: float) -> None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         sock = socket.socket(family, socket.SOCK_STREAM)
-        self._adopt(sock)
+        self._socket = sock
         try:
+            self._watch.hold(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(seconds)
             sock.connect((str(address), port))
@@ -351,18 +352,12 @@ class _Exchange:
 
     def _secure(self, host: str, until: float) -> None:
         assert self._socket is not None
-        # The handshake comes apart from the wrapping: wrapping moves the descriptor to a new object, and the
-        # watchdog must hold that one before anything can hang.
         wrapped = self._trust.context().wrap_socket(
             self._socket, server_hostname=host, do_handshake_on_connect=False
         )
-        self._adopt(wrapped)
+        self._socket = wrapped
         wrapped.settimeout(self._seconds_until(until))
         wrapped.do_handshake()
-
-    def _adopt(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._watch.hold(sock)
 
     def _seconds_until(self, until: float) -> float:
         """What is left of the connect deadline; raises when nothing is, for a time-out of 0 means not to

@@ -74,7 +74,7 @@ class Purpose(StrEnum):
     """An https URL an operator gave: anywhere on the public internet, nowhere inside."""
 
 
-class NotAllowed(Exception):  # noqa: N818 - what happened, not an error class
+class NotAllowed(Exception):
     """A request may not go there; `reason` is a machine word."""
 
     def __init__(self, reason: str) -> None:

@@ -29,14 +29,14 @@ _IDLE: Final = 10.0
 class Watch:
     """One request under watch; use it as a context manager."""
 
-    __slots__ = ("_clock", "_deadline", "_dog", "_lock", "_socket", "fired")
+    __slots__ = ("_clock", "_deadline", "_dog", "_handle", "_lock", "fired")
 
     def __init__(self, dog: Watchdog, clock: Clock, seconds: float) -> None:
         self._dog = dog
         self._clock = clock
         self._deadline = clock.elapsed() + seconds
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
+        self._handle: socket.socket | None = None
         self.fired = False
 
     def remaining(self) -> float:
@@ -44,18 +44,27 @@ class Watch:
         return max(0.0, self._deadline - self._clock.elapsed())
 
     def hold(self, sock: socket.socket) -> None:
-        """Shut this socket when the deadline passes, or now if it has; it replaces the one held before."""
-        with self._lock:
-            self._socket = sock
-            if self.fired:
-                _shut(sock)
+        """Shut the connection of this socket when the deadline passes, or now if it has.
 
-    def release(self) -> None:
-        """Let go of the socket. Do this before closing it: its number may belong to another one
-        afterwards.
+        A handle of its own, so that the number cannot belong to another connection by then, and so that it
+        goes on meaning this one when TLS moves the descriptor to a new object. It replaces the one held
+        before.
         """
         with self._lock:
-            self._socket = None
+            self._let_go()
+            self._handle = sock.dup()
+            if self.fired:
+                _shut(self._handle)
+
+    def release(self) -> None:
+        """Let go of the connection; it stays open as long as this holds it."""
+        with self._lock:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
     def look(self) -> bool:
         """Shut the socket if the deadline has passed; true when it has."""
@@ -63,8 +72,8 @@ class Watch:
             return False
         with self._lock:
             self.fired = True
-            if self._socket is not None:
-                _shut(self._socket)
+            if self._handle is not None:
+                _shut(self._handle)
         return True
 
     def __enter__(self) -> Self:
@@ -127,11 +136,11 @@ class Watchdog:
                     self._changed.wait(min(_LOOK, soonest + 0.001))
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(handle: socket.socket) -> None:
     """Both directions of the connection end; a blocked read or write in another thread returns at once.
 
-    The method of the plain socket on purpose: an SSLSocket's own would drop its TLS layer first, and a
-    reader that came back once more would be given ciphertext as if it were the answer.
+    Never through an SSLSocket, which would drop its TLS layer first: a reader that came back once more
+    would be given ciphertext as if it were the answer.
     """
     with contextlib.suppress(OSError):  # not connected any more: what was wanted
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        handle.shutdown(socket.SHUT_RDWR)

@@ -68,12 +68,14 @@ class Tidying:
         still_open = sa.select(connections.c.open_attempt).where(connections.c.open_attempt.is_not(None))
         forgotten = attempts.c.finished_at.is_(None) & attempts.c.id.not_in(still_open)
         without_app = attempts.c.app_id.not_in(sa.select(apps.c.id)) & attempts.c.id.not_in(still_open)
-        return removed + self._remove(attempts.c.id, (attempts.c.started_at < before) & (forgotten | without_app))
+        return removed + self._remove(
+            attempts.c.id, (attempts.c.started_at < before) & (forgotten | without_app)
+        )
 
     def _remove(self, key: sa.ColumnElement[str], where: sa.ColumnElement[bool]) -> int:
         """Delete the rows of the key's table, a batch at a time; how many."""
         removed = 0
-        table = key.table  # type: ignore[attr-defined]  # a column of ours always has one
+        table = key.table
         while True:
             with self._database.read() as transaction:
                 keys = list(transaction.scalars(sa.select(key).where(where).limit(_BATCH)))

@@ -77,7 +77,9 @@ class Schedule:
 
     def _failed(self, job: Job, began: float, failures: int, *, code: str) -> None:
         metrics.jobs.labels(job.name, "failed").inc()
-        if failures & (failures + 1) == 0:  # the 1st, 2nd, 4th, 8th … in a row: an outage must not flood the log
+        if (
+            failures & (failures + 1) == 0
+        ):  # the 1st, 2nd, 4th, 8th … in a row: an outage must not flood the log
             seconds = round(self._clock.elapsed() - began, 3)
             log(Event.JOB_FAILED, job=job.name, seconds=seconds, code=code, exc_info=True)
 

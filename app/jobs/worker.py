@@ -17,8 +17,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import Final
 
@@ -27,7 +26,7 @@ from app.broker.connection import Connection, Health
 from app.broker.installation import alive
 from app.broker.refresh import Ending, EndingKind
 from app.clock import Clock
-from app.errors import DrawbridgeError, Overloaded
+from app.errors import DrawbridgeError, NotFound, Overloaded
 from app.jobs.housekeeping import Tidying, prune_trail
 from app.jobs.schedule import Job, Schedule, pause_after
 from app.telemetry import Event, log
@@ -87,6 +86,7 @@ class Worker:
     def _work(self) -> None:
         failures, next_claim = 0, 0.0
         while not self._stopping:
+            self._wake.clear()
             try:
                 if self._clock.elapsed() >= next_claim:
                     full = self._claim()
@@ -99,7 +99,6 @@ class Worker:
                     log(Event.JOB_FAILED, job="refresh", code=error.code, error=error)
                 # Short: callers wait for these tokens as soon as the database is back.
                 next_claim = self._clock.elapsed() + min(pause_after(_TICK, failures), 5.0)
-            self._wake.clear()
             self._clock.wait(self._wake, 0.05 if self._queued() else 0.25)
 
     # Claiming
@@ -129,8 +128,12 @@ class Worker:
         return lane
 
     def _tell_if_late(self, claimed: list[Connection], now: datetime) -> None:
-        late = [(now - one.expires_at).total_seconds() for one in claimed if _should_be_fresh(one) and one.expires_at]
-        if late and max(late) > 0 and self._clock.elapsed() - self._late_at > _LATE_EVERY:
+        late = [
+            (now - one.expires_at).total_seconds()
+            for one in claimed
+            if one.expires_at and _should_be_fresh(one)
+        ]
+        if max(late, default=0.0) > 0 and self._clock.elapsed() - self._late_at > _LATE_EVERY:
             self._late_at = self._clock.elapsed()
             log(Event.WORKER_LATE, job="refresh", seconds=round(max(late), 1))
 
@@ -141,9 +144,8 @@ class Worker:
 
     def _dispatch(self) -> None:
         for app_id, lane in self._lanes.items():
-            if lane.queue:
-                self._renew(app_id, lane)
-                self._look_at_breaker(app_id, lane)
+            if lane.queue and not self._ready(app_id, lane):
+                continue
             while not self._stopping and (connection := lane.next()) is not None:
                 self._begin(lane, connection)
 
@@ -159,6 +161,16 @@ class Worker:
             self._wake.set()
 
         future.add_done_callback(ended)
+
+    def _ready(self, app_id: str, lane: _Lane) -> bool:
+        """Look whether the app's limits or its breaker have changed; false when there is no such app any more."""
+        try:
+            self._renew(app_id, lane)
+        except NotFound:
+            lane.queue.clear()
+            return False
+        self._look_at_breaker(app_id, lane)
+        return True
 
     def _renew(self, app_id: str, lane: _Lane) -> None:
         now = self._clock.elapsed()
@@ -195,8 +207,9 @@ class _Lane:
 
     def add(self, connection: Connection) -> bool:
         """Queue a claimed connection; false when the queue already holds what goes out within one hold."""
-        if connection.id in self.queue or connection.id in self._running:
-            return True
+        with self._lock:
+            if connection.id in self.queue or connection.id in self._running:
+                return True
         if len(self.queue) >= max(_IN_FLIGHT, self.rate * _HOLD):
             return False
         self.queue[connection.id] = connection
@@ -241,9 +254,9 @@ class _Lane:
 def _should_be_fresh(connection: Connection) -> bool:
     """Whether an expired token of this connection says that we were slow, rather than its provider or its admin."""
     asked = connection.last_used_at or connection.connected_at
-    known = connection.last_refresh_at is not None and asked is not None and connection.expires_at is not None
-    recent = known and asked is not None and connection.expires_at is not None and asked <= connection.expires_at
-    return recent and connection.health is Health.HEALTHY
+    if asked is None or connection.expires_at is None or connection.last_refresh_at is None:
+        return False
+    return connection.health is Health.HEALTHY and asked <= connection.expires_at
 
 
 def chores(services: Services) -> list[Job]:

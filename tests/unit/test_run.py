@@ -12,7 +12,7 @@ from tests import run
 ROOT = Path(__file__).parents[2]
 
 
-def tests_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command as the launcher does."""
     return subprocess.run(
         [sys.executable, "-m", "tests.run", *arguments],
@@ -22,13 +22,14 @@ def tests_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
 
 
 def test_part_that_cannot_be_had_fails_by_name_and_shows_no_password() -> None:
     """A named server that does not answer is a failure before any test runs, not a silent omission."""
     url = "postgresql://somebody:hidden-word@127.0.0.1:1/nothing"
-    done = tests_run("--without", "browser", DRAWBRIDGE_TEST_DATABASE_URL=url)
+    done = command("--without", "browser", DRAWBRIDGE_TEST_DATABASE_URL=url)
     assert done.returncode == 1
     assert "postgres: MISSING. DRAWBRIDGE_TEST_DATABASE_URL names 127.0.0.1:1" in done.stdout
     assert "leave it out with --without postgres" in done.stdout
@@ -38,7 +39,7 @@ def test_part_that_cannot_be_had_fails_by_name_and_shows_no_password() -> None:
 
 def test_left_out_parts_are_printed_and_their_tests_counted() -> None:
     """A run without a part says so before and after the tests."""
-    done = tests_run("--without", "postgres", "--without", "browser", "tests/unit/test_postgres_server.py")
+    done = command("--without", "postgres", "--without", "browser", "tests/unit/test_postgres_server.py")
     assert "postgres: left out on request" in done.stdout
     assert (
         "running: pytest --without-postgres --without-browser tests/unit/test_postgres_server.py"
@@ -49,23 +50,23 @@ def test_left_out_parts_are_printed_and_their_tests_counted() -> None:
 
 
 def test_exit_code_and_other_arguments_are_pytests() -> None:
-    """What the command does not know it passes on, and what pytest says it says: 5 is its code for no tests."""
-    done = tests_run(
-        "--without=postgres", "--without=browser", "-k", "matches nothing", "tests/unit/test_run.py"
+    """What the command does not know goes to pytest, whose exit code it ends with: 5 says no test ran."""
+    done = command(
+        "--without=postgres", "--without=browser", "-k", "named_by_nobody", "tests/unit/test_run.py"
     )
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def test_unknown_part_is_a_usage_error() -> None:
     """A misspelt part is refused, for else the run would be smaller or larger than was meant."""
-    done = tests_run("--without", "postgre")
+    done = command("--without", "postgre")
     assert done.returncode == 2
     assert "invalid choice: 'postgre'" in done.stderr
 
 
 def test_install_only_makes_parts_ready_and_runs_nothing() -> None:
     """A build machine can separate installing from running."""
-    done = tests_run("--install-only", "--without", "browser")
+    done = command("--install-only", "--without", "browser")
     assert done.returncode == 0
     assert "postgres: " in done.stdout
     assert "running" not in done.stdout

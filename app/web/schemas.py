@@ -1,0 +1,150 @@
+"""What the API's answers look like, for marshmallow and for the description."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from marshmallow import RAISE, Schema, ValidationError, fields, validate
+
+from app.broker.connection import AdminState, Health
+from app.web.arguments import NAME_PATTERN
+
+__all__ = [
+    "STATES",
+    "Connections",
+    "DisconnectQuery",
+    "HealthEntry",
+    "HealthReport",
+    "ListQuery",
+    "NoQuery",
+    "OneConnection",
+]
+
+STATES: Final = (*(health.value for health in Health), AdminState.DISABLED.value, AdminState.DISCONNECTING.value)
+_NAME: Final = validate.Regexp(re.compile(f"^{NAME_PATTERN}$"))
+_MOST: Final = 500
+
+
+def _text(says: str, **more: Any) -> fields.String:
+    return fields.String(required=True, metadata={"description": says, **more})
+
+
+def _moment(says: str) -> fields.DateTime:
+    return fields.DateTime(format="iso", required=True, allow_none=True, metadata={"description": says})
+
+
+class OneConnection(Schema):
+    """One linked account; never its tokens."""
+
+    name = _text("Its name, set by an admin.")
+    provider = _text("hubspot, salesforce, …")
+    app = fields.String(required=True, allow_none=True, metadata={"description": "The OAuth client it goes through."})
+    account_id = _text("HubSpot portal or Salesforce org.")
+    user_id = _text("The user it acts for; empty where the account alone is meant.")
+    grant_type = _text("authorization_code, jwt_bearer or client_credentials.")
+    state = _text(
+        "What an admin wants of it, unless that is `enabled`; then what the last refreshes say.", enum=list(STATES)
+    )
+    generation = fields.Integer(
+        required=True, metadata={"description": "Counts every change of the stored tokens.", "minimum": 0}
+    )
+    expires_at = _moment("When the present access token dies.")
+    scopes_wanted = fields.List(fields.String(), required=True, metadata={"description": "Asked for."})
+    scopes_granted = fields.List(fields.String(), required=True, metadata={"description": "Given."})
+    instance_url = fields.String(
+        required=True, allow_none=True, metadata={"description": "Where a Salesforce org is reached."}
+    )
+    connected_at = _moment("When somebody last went through the provider's consent page.")
+    last_refresh_at = _moment("When tokens last came.")
+    last_used_at = _moment("When somebody last asked for a token; a few seconds late.")
+    last_error = fields.String(
+        required=True, allow_none=True, metadata={"description": "What was wrong at the last refresh, if it failed."}
+    )
+    last_error_at = _moment("When that was.")
+    retry_at = _moment("Not refreshed before then.")
+
+
+class Connections(Schema):
+    """A page of connections."""
+
+    connections = fields.List(fields.Nested(OneConnection), required=True)
+    next = fields.String(
+        required=True,
+        allow_none=True,
+        metadata={"description": "Give it as `after` for the page behind; null at the end."},
+    )
+
+
+class _Strict(Schema):
+    class Meta:
+        unknown = RAISE
+
+
+class NoQuery(_Strict):
+    """No parameters."""
+
+
+class ListQuery(_Strict):
+    """Which page."""
+
+    after = fields.String(
+        load_default="", validate=_NAME, metadata={"description": "Only names behind this one."}
+    )
+    limit = fields.Method(
+        deserialize="read_limit",
+        load_default=100,
+        metadata={
+            "type": "integer",
+            "minimum": 1,
+            "maximum": _MOST,
+            "description": "At most so many; a page may hold fewer and still have a `next`.",
+        },
+    )
+
+    def read_limit(self, value: str) -> int:
+        """A whole number in plain digits."""
+        if re.fullmatch(r"[1-9][0-9]{0,3}", value) is None or int(value) > _MOST:
+            raise ValidationError(f"is a whole number from 1 to {_MOST}.")
+        return int(value)
+
+
+class DisconnectQuery(_Strict):
+    """How to disconnect."""
+
+    uninstall = fields.Method(
+        deserialize="read_switch",
+        load_default=False,
+        metadata={
+            "type": "boolean",
+            "description": "Remove the app from the whole account as well, for all its users, where the provider can.",
+        },
+    )
+
+    def read_switch(self, value: str) -> bool:
+        """true or false and no other spelling."""
+        if value not in ("true", "false"):
+            raise ValidationError("is true or false.")
+        return value == "true"
+
+
+class HealthEntry(Schema):
+    """One look at one thing."""
+
+    status = _text("pass, warn or fail.", enum=["pass", "warn", "fail"])
+    componentId = fields.String()  # noqa: N815 - the draft's names
+    componentType = fields.String()  # noqa: N815
+    observedValue = fields.Float()  # noqa: N815
+    observedUnit = fields.String()  # noqa: N815
+    output = fields.String()
+
+
+class HealthReport(Schema):
+    """draft-inadarei-api-health-check-06."""
+
+    status = _text("The worst of all checks.", enum=["pass", "warn", "fail"])
+    version = _text("Of this program.")
+    description = _text("What this is.")
+    checks = fields.Dict(
+        keys=fields.String(), values=fields.List(fields.Nested(HealthEntry)), required=True
+    )

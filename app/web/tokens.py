@@ -1,0 +1,101 @@
+"""The hand-out path: GET and POST /v1/connections/{name}/token.
+
+Everything here runs for every token anybody asks for. The answer's bytes are composed once for each connection and
+generation; a request adds the seconds left.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import MethodNotAllowed
+
+from app.bootstrap import Services
+from app.broker.issue import HandOut
+from app.errors import NotFound, RefreshInProgress
+from app.web.arguments import Wishes, read_query, read_wishes, read_wishes_body
+from app.web.asking import client_address
+
+__all__ = ["PATH", "TokenViews"]
+
+PATH: Final = "/v1/connections/<name:name>/token"
+_MANY: Final = 20_000  # connections whose answer is kept; about 1 KiB each
+_HEADERS: Final = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("Pragma", "no-cache")]
+
+
+class TokenViews:
+    """The two views and the composed answers they share."""
+
+    def __init__(self, services: Services) -> None:
+        self._settings = services.settings
+        self._clock = services.clock
+        self._authenticate = services.authentication.authenticate
+        self._issue = services.issuer.issue
+        self._composed: dict[str, tuple[HandOut, bytes, bytes]] = {}
+
+    def register(self, app: Flask) -> None:
+        """Put the views on their path, not through a blueprint, whose hooks would be looked for at each request."""
+        app.add_url_rule(PATH, "token_get", self.get, methods=["GET"])
+        app.add_url_rule(PATH, "token_post", self.post, methods=["POST"])
+
+    def get(self, name: str) -> Response:
+        """A token; `min_ttl` and `max_wait` in the query."""
+        environ = request.environ
+        if environ["REQUEST_METHOD"] != "GET":
+            # HEAD would record a hand-out of which nothing arrives.
+            raise MethodNotAllowed(valid_methods=["GET", "POST"])
+        caller = self._authenticate(
+            environ.get("HTTP_AUTHORIZATION"), address=client_address(environ, self._settings)
+        )
+        wishes = read_wishes(environ.get("QUERY_STRING", ""))
+        token = self._issue(caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait)
+        return self._answer(token)
+
+    def post(self, name: str) -> Response:
+        """The same with a JSON body, which may name a token the provider refused."""
+        environ = request.environ
+        caller = self._authenticate(
+            environ.get("HTTP_AUTHORIZATION"), address=client_address(environ, self._settings)
+        )
+        read_query(environ.get("QUERY_STRING", ""), allowed=())
+        wishes: Wishes = read_wishes_body(request.get_data(), environ.get("CONTENT_TYPE"))
+        token = self._issue(
+            caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait, rejected=wishes.rejected
+        )
+        return self._answer(token)
+
+    def _answer(self, token: HandOut) -> Response:
+        composed = self._composed.get(token.connection)
+        if composed is None or composed[0] is not token:
+            composed = self._compose(token)
+        left = int(token.expires - self._clock.timestamp())
+        if left < 0:
+            raise RefreshInProgress  # it died between the last look and this line
+        _, head, tail = composed
+        return Response(b"%b%d%b" % (head, left, tail), headers=_HEADERS)
+
+    def _compose(self, token: HandOut) -> tuple[HandOut, bytes, bytes]:
+        if token.access_token is None or token.expires_at is None:
+            raise NotFound("The connection holds no token.")
+        first = {
+            "access_token": token.access_token.reveal(),
+            "token_type": "Bearer",
+            "expires_at": token.expires_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        second: dict[str, object] = {
+            "scopes": list(token.scopes),
+            "connection": token.connection,
+            "provider": token.provider,
+            "account_id": token.account_id,
+            "generation": token.generation,
+        }
+        if token.instance_url is not None:
+            second["instance_url"] = token.instance_url
+        head = f'{json.dumps(first)[:-1]}, "expires_in": '.encode()
+        tail = f", {json.dumps(second)[1:]}".encode()
+        if len(self._composed) >= _MANY:
+            self._composed.clear()
+        composed = self._composed[token.connection] = (token, head, tail)
+        return composed
