@@ -19,10 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from app.access.permissions import Permission
+from app.bootstrap import Services
+from app.db.schema import apps, connections
 from bench.servers import ROOT, database, free_port, serve, token_request
 from emulator import Control
 from tests.installation import HUBSPOT, Installation, installation
@@ -48,7 +52,8 @@ def main() -> int:
 
 
 def _run(made: Installation, options: argparse.Namespace) -> int:
-    client_id, secret, account = _prepare(made)
+    host = made.host("command")
+    client_id, secret, account = _prepare(made, host)
     port = free_port()
     environ = made.environment(host="bench", LOG_LEVEL="ERROR", BIND=f"127.0.0.1:{port}") | {
         "DRAWBRIDGE_WEB_WORKERS": str(_WORKERS),
@@ -64,7 +69,7 @@ def _run(made: Installation, options: argparse.Namespace) -> int:
         "wsgi:application", environ, log=made.directory / "web.log", port=port, config=config
     ) as server:
         server.run(request, sockets=_SOCKETS, seconds=1.0)
-        troubles = _troubles(control, port, client_id, secret)
+        troubles = _troubles(host, control, port=port, client_id=client_id, secret=secret)
         for number in range(options.rounds):
             for name, trouble in troubles.items():
                 with trouble():
@@ -99,8 +104,7 @@ def _judge(p99: dict[str, list[float]], *, wrong: int, touched: int, refreshes: 
     return 0 if held else 1
 
 
-def _prepare(made: Installation) -> tuple[str, str, str]:
-    host = made.host("command")
+def _prepare(made: Installation, host: Services) -> tuple[str, str, str]:
     control = made.emulator.control
     control.hubspot.change_app(HUBSPOT, token_lifetime=600)
     living, *others = control.hubspot.grant_many(HUBSPOT, 1 + _OTHERS)
@@ -123,54 +127,53 @@ def _prepare(made: Installation) -> tuple[str, str, str]:
 
 
 def _troubles(
-    control: Control, port: int, client_id: str, secret: str
+    host: Services, control: Control, *, port: int, client_id: str, secret: str
 ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     credentials = base64.b64encode(f"{client_id}:{secret}".encode()).decode()
 
-    @contextmanager
-    def undisturbed() -> Iterator[None]:
-        control.hubspot.behave()
-        yield
-
-    @contextmanager
-    def failing() -> Iterator[None]:
-        control.hubspot.misbehave("status", status=503)
-        with _callers(port, credentials, count=4, max_wait=1):
-            yield
-        control.hubspot.behave()
-
-    @contextmanager
-    def hanging() -> Iterator[None]:
-        control.hubspot.misbehave("hang", delay=30)
-        with _callers(port, credentials, count=4, max_wait=5):
-            yield
+    def trouble(kind: str, *, count: int, **fault: int) -> Callable[[], AbstractContextManager[None]]:
+        @contextmanager
+        def during() -> Iterator[None]:
+            control.hubspot.misbehave(kind, **fault)
+            with _callers(port, credentials, count=count):
+                time.sleep(0.5)  # until they have asked
+                yield
             control.hubspot.behave()
+            _forget_failures(host)
 
-    @contextmanager
-    def crowded() -> Iterator[None]:
-        control.hubspot.misbehave("hang", delay=30)
-        with _callers(port, credentials, count=_WORKERS * _THREADS, max_wait=5):
-            time.sleep(0.5)  # until they wait
-            yield
-            control.hubspot.behave()
+        return during
 
     return {
-        "undisturbed": undisturbed,
-        "provider 503": failing,
-        "provider hangs 30 s": hanging,
-        "crowd waits": crowded,
+        "undisturbed": nullcontext,
+        "provider 503": trouble("status", count=4, status=503),
+        "provider hangs 30 s": trouble("hang", count=4, delay=30),
+        "crowd waits": trouble("hang", count=_WORKERS * _THREADS, delay=30),
     }
 
 
+def _forget_failures(host: Services) -> None:
+    """Back to the start, so that each round meets the same trouble and not a back-off of the one before."""
+    until = time.monotonic() + 30
+    with host.database.read() as transaction:
+        busy = (
+            sa.select(sa.func.count()).select_from(connections).where(connections.c.open_attempt.is_not(None))
+        )
+        while transaction.execute(busy).scalar_one() and time.monotonic() < until:
+            time.sleep(0.1)
+    with host.database.write() as transaction:
+        transaction.execute(sa.update(apps).values(failures=0, open_until=None, open_reason=None))
+        transaction.execute(sa.update(connections).values(failures=0, retry_at=None, health="healthy"))
+
+
 @contextmanager
-def _callers(port: int, credentials: str, *, count: int, max_wait: int) -> Iterator[None]:
+def _callers(port: int, credentials: str, *, count: int) -> Iterator[None]:
     """Callers that keep asking for connections which have no token."""
     stop = threading.Event()
 
     def ask(number: int) -> None:
         while not stop.is_set():
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            path = f"/v1/connections/other-{number % _OTHERS}/token?max_wait={max_wait}"
+            path = f"/v1/connections/other-{number % _OTHERS}/token?max_wait=3"
             connection.request("GET", path, headers={"Authorization": f"Basic {credentials}"})
             connection.getresponse().read()
             connection.close()

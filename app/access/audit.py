@@ -31,6 +31,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,9 +83,7 @@ class Entry:
 
     def texts(self) -> tuple[str, str, str, str, str | None]:
         """The five text columns; ValueError when actor, action or outcome are not words of ours."""
-        for pattern, word in ((_ACTOR, self.actor), (_ACTION, self.action), (_OUTCOME, self.outcome)):
-            if pattern.fullmatch(word) is None:
-                raise ValueError("actor, action and outcome of an audit entry are words of ours")
+        _check_words(self.actor, self.action, self.outcome)
         target = self.target if _TARGET.fullmatch(self.target) else "(invalid)"
         return self.actor, self.action, target, self.outcome, _detail_text(self.detail)
 
@@ -351,7 +350,7 @@ class Trail:
             n += 1
             row = Row(writer, n, at, *ticket.texts, b"")
             mac = self._keys.mac(mac, row)
-            rows.append(row._replace(mac=mac))
+            rows.append(Row(writer, n, at, *ticket.texts, mac))
         return rows
 
     def _new_chain(self) -> _Chain:
@@ -492,6 +491,13 @@ def _settle(tickets: Sequence[_Ticket], failure: str | None) -> None:
         ticket.failure = failure
         ticket.settled = True
         ticket.woken.release()
+
+
+@lru_cache(maxsize=4096)  # the same few words make up nearly all entries
+def _check_words(actor: str, action: str, outcome: str) -> None:
+    for pattern, word in ((_ACTOR, actor), (_ACTION, action), (_OUTCOME, outcome)):
+        if pattern.fullmatch(word) is None:
+            raise ValueError("actor, action and outcome of an audit entry are words of ours")
 
 
 def _is_full(error: DatabaseUnavailable) -> bool:

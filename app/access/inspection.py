@@ -51,7 +51,7 @@ class _Position:
     mac: bytes
 
 
-class _Broken(Exception):  # noqa: N818 - a finding on its way up, not an error
+class _Broken(Exception):
     def __init__(self, n: int, why: str) -> None:
         super().__init__(why)
         self.n = n

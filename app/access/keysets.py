@@ -23,10 +23,11 @@ from app.http_client import Deadlines, HttpClient, Purpose, WireFault
 __all__ = ["ALGORITHMS", "KeySets", "PublicKey", "Signatures", "read_public_keys"]
 
 ALGORITHMS: Final = ("ES256", "EdDSA", "Ed25519", "PS256", "RS256")
+_EDWARDS: Final = frozenset({"EdDSA", "Ed25519"})  # RFC 9864 renames it; the signature is the same
 _BY_KIND: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
     ("RSA", None): frozenset({"RS256", "PS256"}),
     ("EC", "P-256"): frozenset({"ES256"}),
-    ("OKP", "Ed25519"): frozenset({"EdDSA", "Ed25519"}),  # RFC 9864 renames it; the signature is the same
+    ("OKP", "Ed25519"): _EDWARDS,
 }
 _PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 _SHORTEST_RSA: Final = 2048  # bits: RFC 7518 §3.3
@@ -145,13 +146,9 @@ def _public_key(jwk: object) -> PublicKey | None:
     """
     if not isinstance(jwk, Mapping) or jwk.get("use", "sig") != "sig":
         return None
-    algorithms = _BY_KIND.get((str(jwk.get("kty")), jwk.get("crv") and str(jwk.get("crv"))), frozenset())
-    if "alg" in jwk:
-        algorithms = (
-            algorithms
-            if jwk["alg"] in algorithms and jwk["alg"] in {"EdDSA", "Ed25519"}
-            else (algorithms & {str(jwk["alg"])})
-        )
+    curve = jwk.get("crv")
+    kind = (str(jwk.get("kty")), None if curve is None else str(curve))
+    algorithms = _narrowed(_BY_KIND.get(kind, frozenset()), jwk.get("alg"))
     kid = jwk.get("kid")
     if not algorithms or not (kid is None or isinstance(kid, str)):
         return None
@@ -162,3 +159,10 @@ def _public_key(jwk: object) -> PublicKey | None:
     if isinstance(key, RSAKey) and key.raw_value.key_size < _SHORTEST_RSA:
         return None
     return PublicKey(kid, key, algorithms)
+
+
+def _narrowed(algorithms: frozenset[str], named: object) -> frozenset[str]:
+    """What is left when the key names its algorithm; both names of Edwards signatures mean the same one."""
+    if named is None or (named in _EDWARDS and algorithms == _EDWARDS):
+        return algorithms
+    return algorithms & {str(named)}

@@ -58,7 +58,7 @@ _STORED: Final = (
 )
 
 
-class Fenced(Exception):  # noqa: N818 - what happened, as in "fenced off"
+class Fenced(Exception):
     """The stored head is not where this writer left it; it must be read again before anything is appended."""
 
 

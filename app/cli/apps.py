@@ -49,9 +49,13 @@ def list_(out: Output) -> None:
 @app.command()
 @click.argument("reference", metavar="PROVIDER/NAME")
 @click.option("--client-id", required=True, help="The client id (Salesforce: consumer key).")
-@click.option("--scopes", help="Scopes an install must grant, between spaces. Default: those of the settings.")
+@click.option(
+    "--scopes", help="Scopes an install must grant, between spaces. Default: those of the settings."
+)
 @click.option("--optional-scopes", help="Scopes an install may grant, between spaces.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="What the provider lets you set.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="What the provider lets you set."
+)
 @click.option("--no-secret", is_flag=True, help="The client has no secret, or signs instead.")
 @_secret_file
 @reporting
@@ -145,7 +149,9 @@ def _shown(opened: Services, row: AppRow) -> dict[str, Any]:
 def _split(reference: str) -> tuple[str, str]:
     provider, slash, name = reference.partition("/")
     if not slash or _NAME.fullmatch(name) is None:
-        raise click.UsageError("Name the app PROVIDER/NAME, like salesforce/emea; NAME has a-z, 0-9, '.', '_' and '-'.")
+        raise click.UsageError(
+            "Name the app PROVIDER/NAME, like salesforce/emea; NAME has a-z, 0-9, '.', '_' and '-'."
+        )
     return provider, name
 
 

@@ -23,7 +23,9 @@ def audit() -> None:
 
 
 @audit.command()
-@click.option("--head", "heads", multiple=True, metavar="WRITER:N:MAC", help="A head from the log; may be repeated.")
+@click.option(
+    "--head", "heads", multiple=True, metavar="WRITER:N:MAC", help="A head from the log; may be repeated."
+)
 @reporting
 def verify(out: Output, *, heads: Sequence[str]) -> None:
     """Check that no row was edited, removed or moved; with heads from the log also that none was cut off.
@@ -51,7 +53,9 @@ def verify(out: Output, *, heads: Sequence[str]) -> None:
 
 
 @audit.command()
-@click.option("--since", type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]), help="Only rows from then on (UTC).")
+@click.option(
+    "--since", type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]), help="Only rows from then on (UTC)."
+)
 @reporting
 def export(out: Output, *, since: datetime | None) -> None:
     """Print every row as one line of JSON, by writer and number, with or without --json.

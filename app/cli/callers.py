@@ -35,7 +35,9 @@ def caller() -> None:
 @caller.command()
 @_name
 @click.option("--allow", multiple=True, metavar="ACTION@PATTERN", help="Give a permission; may be repeated.")
-@click.option("--jwks", type=click.File("rb"), help="Public keys (JWK Set): it signs instead of sharing a secret.")
+@click.option(
+    "--jwks", type=click.File("rb"), help="Public keys (JWK Set): it signs instead of sharing a secret."
+)
 @click.option("--jwks-uri", help="The same, published by the caller under an https URL.")
 @click.option("--allow-ip", multiple=True, metavar="CIDR", help="Accept it only from there; may be repeated.")
 @click.option("--rate", type=float, help="Requests per second it may make.")
@@ -205,7 +207,9 @@ def _tell_added(out: Output, added: Added) -> None:
         lines.append(f"client_secret  {secret}")
     out.tell(data, *lines)
     if secret is not None and not out.as_json:
-        click.echo("The secret is shown this once and kept nowhere; put it where the caller reads it.", err=True)
+        click.echo(
+            "The secret is shown this once and kept nowhere; put it where the caller reads it.", err=True
+        )
 
 
 def _shown(one: Caller) -> dict[str, Any]:

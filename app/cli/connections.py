@@ -37,10 +37,14 @@ def connection() -> None:
 
 @connection.command()
 @_name
-@click.option("--app", "app_name", metavar="APP", required=True, help="The app, as PROVIDER/NAME or PROVIDER.")
+@click.option(
+    "--app", "app_name", metavar="APP", required=True, help="The app, as PROVIDER/NAME or PROVIDER."
+)
 @click.option("--grant", type=click.Choice(["jwt_bearer", "client_credentials"]), required=True)
 @click.option("--subject", help="jwt_bearer: the user to act for.")
-@click.option("--key-file", type=click.File("rb"), help="jwt_bearer: private key in PEM; - is standard input.")
+@click.option(
+    "--key-file", type=click.File("rb"), help="jwt_bearer: private key in PEM; - is standard input."
+)
 @reporting
 def add(
     out: Output, name: str, *, app_name: str, grant: Any, subject: str | None, key_file: IO[bytes] | None
@@ -53,7 +57,9 @@ def add(
           --subject integration@example.com --key-file server.key
     """
     if (grant == "jwt_bearer") != (subject is not None) or (grant == "jwt_bearer") != (key_file is not None):
-        raise click.UsageError("--grant jwt_bearer takes --subject and --key-file; client_credentials takes neither.")
+        raise click.UsageError(
+            "--grant jwt_bearer takes --subject and --key-file; client_credentials takes neither."
+        )
     key = None if key_file is None else read_secret(key_file)
     with services() as opened:
         row = opened.connect.add_minted(
@@ -65,7 +71,9 @@ def add(
 
 @connection.command()
 @_name
-@click.option("--app", "app_name", metavar="APP", required=True, help="The app, as PROVIDER/NAME or PROVIDER.")
+@click.option(
+    "--app", "app_name", metavar="APP", required=True, help="The app, as PROVIDER/NAME or PROVIDER."
+)
 @reporting
 def link(out: Output, name: str, *, app_name: str) -> None:
     """Make a one-time URL with which somebody else connects an account, within 24 hours.
@@ -126,14 +134,21 @@ def show(out: Output, name: str) -> None:
 
 
 @connection.command("import")
-@click.option("--key-file", type=click.File("rb"), help="Private key (X25519, PEM): the lines were made by `export`.")
-@click.option("--app", "app_name", metavar="APP", help="The app of lines that name none; default: the provider's default.")
+@click.option(
+    "--key-file", type=click.File("rb"), help="Private key (X25519, PEM): the lines were made by `export`."
+)
+@click.option(
+    "--app",
+    "app_name",
+    metavar="APP",
+    help="The app of lines that name none; default: the provider's default.",
+)
 @reporting
 def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) -> None:
     """Read connections from standard input, one JSON object a line, and store each that is in order.
 
-    Fields: provider, app, account_id, user_id, access_token, refresh_token, expires_at, scopes, instance_url, name; provider,
-    account_id and one of the tokens are needed. Exit code 1 when a line failed; the others are stored.
+    Fields: provider, app, account_id, user_id, access_token, refresh_token, expires_at, scopes, instance_url,
+    name; provider, account_id and one of the tokens are needed. Exit code 1 when a line failed; the others are stored.
 
     \b
     Example:
@@ -146,7 +161,12 @@ def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) ->
         default = None if app_name is None else opened.apps.find(app_name).name
         lines = list(_lines(key, default))
         for result in opened.transfer.import_lines(lines):
-            data = {"line": result.line, "outcome": result.outcome, "name": result.name, "problem": result.problem}
+            data = {
+                "line": result.line,
+                "outcome": result.outcome,
+                "name": result.name,
+                "problem": result.problem,
+            }
             results.append(data)
             move(result.line, len(lines))
             if not out.as_json:
@@ -155,13 +175,25 @@ def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) ->
     stored = len(results) - failed
     out.tell({"stored": stored, "failed": failed, "results": results}, f"{stored} stored, {failed} failed.")
     if failed:
-        raise click.ClickException(f"{failed} of {len(results)} lines were not stored; correct them and import them again.")
+        raise click.ClickException(
+            f"{failed} of {len(results)} lines were not stored; correct them and import them again."
+        )
 
 
 @connection.command()
 @_name
-@click.option("--to", "key_file", type=click.File("rb"), required=True, help="Public key (X25519, PEM) of who takes it over.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of standard output.")
+@click.option(
+    "--to",
+    "key_file",
+    type=click.File("rb"),
+    required=True,
+    help="Public key (X25519, PEM) of who takes it over.",
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write there instead of standard output.",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @reporting
 def export(out: Output, name: str, *, key_file: IO[bytes], output: Path | None, yes: bool) -> None:
@@ -202,7 +234,9 @@ def refresh(out: Output, name: str) -> None:
         before = opened.store.named(name)
         ending = opened.refresher.ask(before).result()
         detail = {"generation": before.generation}
-        opened.access.record(ACTOR, Event.REFRESH_ENDED, target=name, outcome=ending.kind.value, detail=detail)
+        opened.access.record(
+            ACTOR, Event.REFRESH_ENDED, target=name, outcome=ending.kind.value, detail=detail
+        )
         if ending.error is not None:
             raise ending.error
         shown = _shown(opened, _next_generation(opened, before))
@@ -258,7 +292,11 @@ def rename(out: Output, name: str, new_name: str) -> None:
 @connection.command()
 @_name
 @click.option("--yes", is_flag=True, help="Do not ask for the name.")
-@click.option("--uninstall", is_flag=True, help="HubSpot: also remove the app from the whole account, for all its users.")
+@click.option(
+    "--uninstall",
+    is_flag=True,
+    help="HubSpot: also remove the app from the whole account, for all its users.",
+)
 @click.option("--yes-uninstall", is_flag=True, help="Do not ask about --uninstall.")
 @reporting
 def disconnect(out: Output, name: str, *, yes: bool, uninstall: bool, yes_uninstall: bool) -> None:
@@ -271,7 +309,9 @@ def disconnect(out: Output, name: str, *, yes: bool, uninstall: bool, yes_uninst
     with services() as opened:
         row = opened.store.named(name)
         if not yes:
-            _ask_typed(f"This disconnects {row.provider} account {row.account_id}. Type its name to go on", name)
+            _ask_typed(
+                f"This disconnects {row.provider} account {row.account_id}. Type its name to go on", name
+            )
         if uninstall and not yes_uninstall:
             question = f"This removes the app from the WHOLE {row.provider} account {row.account_id}, for all its users."
             _ask_typed(f"{question} Type uninstall to go on", "uninstall")

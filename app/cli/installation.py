@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["adopt", "check", "migrate"]
 
 
-@click.command()
+@click.command(short_help="Bring the database up to date.")
 @reporting
 def migrate(out: Output) -> None:
     """Bring the database up to date; safe to run from several hosts at once, and again.
@@ -36,10 +36,13 @@ def migrate(out: Output) -> None:
     settings = read_settings()
     configure("CRITICAL")
     changed = prepare_database(settings)
-    out.tell({"changed": changed}, "The database is up to date." if changed else "The database was up to date already.")
+    out.tell(
+        {"changed": changed},
+        "The database is up to date." if changed else "The database was up to date already.",
+    )
 
 
-@click.command()
+@click.command(short_help="List what is wrong with settings, keys, database.")
 @reporting
 def check(out: Output) -> None:
     """List everything that is wrong with settings, keys and database; exit code 1 if anything is.
@@ -57,13 +60,18 @@ def check(out: Output) -> None:
     except ConfigurationFault as fault:
         faults = list(fault.faults)
     else:
-        faults = [*_faults(lambda: _look_at_state(settings)), *_faults(lambda: _look_at_data(settings, notes))]
-    out.tell({"ok": not faults, "faults": faults, "notes": notes}, *(faults or ["Everything is in order."]), *notes)
+        faults = [
+            *_faults(lambda: _look_at_state(settings)),
+            *_faults(lambda: _look_at_data(settings, notes)),
+        ]
+    out.tell(
+        {"ok": not faults, "faults": faults, "notes": notes}, *(faults or ["Everything is in order."]), *notes
+    )
     if faults:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(short_help="Refresh from this database after a restore or copy.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @reporting
 def adopt(out: Output, *, yes: bool) -> None:
@@ -81,10 +89,16 @@ def adopt(out: Output, *, yes: bool) -> None:
         if reason is not None:
             click.echo(reason.says, err=True)
         if not yes:
-            click.confirm("Is every other installation with this data stopped for good?", abort=True, err=True)
+            click.confirm(
+                "Is every other installation with this data stopped for good?", abort=True, err=True
+            )
         was = opened.adoption.adopt()
     said = was.code if was else None
-    line = "Adopted; refreshing goes on." if was else "Nothing was in the way; this installation goes on as it was."
+    line = (
+        "Adopted; refreshing goes on."
+        if was
+        else "Nothing was in the way; this installation goes on as it was."
+    )
     out.tell({"adopted": True, "was": said}, line)
 
 

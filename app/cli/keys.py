@@ -36,7 +36,13 @@ def list_(out: Output) -> None:
             }
             for row in opened.keys.list()
         ]
-    columns = {"id": "KEY", "active": "ACTIVE", "held": "IN KEYRING", "records": "RECORDS", "retired_at": "RETIRED"}
+    columns = {
+        "id": "KEY",
+        "active": "ACTIVE",
+        "held": "IN KEYRING",
+        "records": "RECORDS",
+        "retired_at": "RETIRED",
+    }
     out.table(rows, columns, nothing="No key; run: drawbridge migrate.")
 
 
@@ -85,4 +91,6 @@ def retire(out: Output, key: str) -> None:
     """
     with services() as opened:
         opened.keys.retire(key)
-    out.tell({"id": key, "retired": True}, f"Retired {key}; take it out of the keyring when all backups are newer.")
+    out.tell(
+        {"id": key, "retired": True}, f"Retired {key}; take it out of the keyring when all backups are newer."
+    )

@@ -30,7 +30,9 @@ class Output:
         """One result: the object for programs, the lines for people."""
         click.echo(_json(data) if self.as_json else "\n".join(lines))
 
-    def table(self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], *, nothing: str) -> None:
+    def table(
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], *, nothing: str
+    ) -> None:
         """Several results: a list of objects for programs, the named columns under their titles for people."""
         if self.as_json:
             click.echo(_json(rows))

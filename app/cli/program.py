@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from pathlib import PurePath
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -18,9 +18,13 @@ from app.cli.connections import connection
 from app.cli.installation import adopt, check, migrate
 from app.cli.keys import keys
 from app.cli.serving import demo, up, web, worker
-from app.errors import ConfigurationFault, DrawbridgeError
+from app.errors import ConfigurationFault, DrawbridgeError, InvalidRequest, Unauthenticated
 
 __all__ = ["main", "program"]
+
+
+# Hints that speak to the author of an HTTP request, and the one that says nothing.
+_FOR_OTHERS: Final = frozenset({DrawbridgeError.hint, InvalidRequest.hint, Unauthenticated.hint})
 
 
 class Refused(click.ClickException):
@@ -30,7 +34,7 @@ class Refused(click.ClickException):
 
     def __init__(self, error: DrawbridgeError) -> None:
         self._faults = error.faults if isinstance(error, ConfigurationFault) else (error.detail,)
-        self._hint = error.hint if type(error).hint is not DrawbridgeError.hint else ""
+        self._hint = "" if error.hint in _FOR_OTHERS else error.hint
         super().__init__(error.detail)
 
     def show(self, file: Any = None) -> None:

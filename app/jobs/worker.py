@@ -15,7 +15,6 @@ are reached by the next claim. What was let go is due again when its hold has pa
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
@@ -24,19 +23,17 @@ from typing import Final
 from app.bootstrap import Services
 from app.broker.connection import Connection, Health
 from app.broker.installation import alive
-from app.broker.refresh import Ending, EndingKind
-from app.clock import Clock
+from app.broker.refresh import Ending
 from app.errors import DrawbridgeError, NotFound, Overloaded
 from app.jobs.housekeeping import Tidying, prune_trail
+from app.jobs.lane import DEFAULT_RATE, HOLD, Lane
 from app.jobs.schedule import Job, Schedule, pause_after
 from app.telemetry import Event, log
 
-__all__ = ["DEFAULT_RATE", "RATE_OPTION", "Worker"]
+__all__ = ["RATE_OPTION", "Worker"]
 
 _CLAIM: Final = 200
-_HOLD: Final = 10.0  # seconds a claimed row is left alone by other workers
 _TICK: Final = 0.5  # seconds between claims when there was nothing more to claim
-_IN_FLIGHT: Final = 16  # refreshes of one app under way or about to be
 _LOOK: Final = 1.0  # seconds between two looks at an app's breaker
 _RENEW: Final = 10.0  # seconds between two looks at an app's options and at how many workers there are
 _LATE_EVERY: Final = 60.0
@@ -46,9 +43,6 @@ _REVOKE_HOLD: Final = 120.0
 _DAY: Final = 86_400.0
 
 RATE_OPTION: Final = "max_refreshes_per_second"
-# Salesforce and HubSpot publish no limit for token requests; this many are far below anything seen to be refused, and
-# the 3,600 a minute keep 100,000 connections with tokens of an hour alive.
-DEFAULT_RATE: Final = 50.0
 
 
 class Worker:
@@ -59,7 +53,7 @@ class Worker:
         self._clock = services.clock
         self._stopping = False
         self._wake = threading.Event()
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[str, Lane] = {}
         self._sharing = 1
         self._shared_at = float("-inf")
         self._late_at = float("-inf")
@@ -107,7 +101,7 @@ class Worker:
         """Take due connections into the queues of their apps; true when there may be more to take at once."""
         if self._refreshing_is_held():
             return False
-        claimed = self._services.store.claim_due(limit=_CLAIM, hold=_HOLD)
+        claimed = self._services.store.claim_due(limit=_CLAIM, hold=HOLD)
         now = self._clock.now()
         kept = [self._lane(connection.app_id).add(connection) for connection in claimed]
         self._tell_if_late(claimed, now)
@@ -121,10 +115,10 @@ class Worker:
         self._held = None if reason is None else reason.code
         return reason is not None
 
-    def _lane(self, app_id: str) -> _Lane:
+    def _lane(self, app_id: str) -> Lane:
         lane = self._lanes.get(app_id)
         if lane is None:
-            lane = self._lanes[app_id] = _Lane(self._clock)
+            lane = self._lanes[app_id] = Lane(self._clock)
         return lane
 
     def _tell_if_late(self, claimed: list[Connection], now: datetime) -> None:
@@ -149,7 +143,7 @@ class Worker:
             while not self._stopping and (connection := lane.next()) is not None:
                 self._begin(lane, connection)
 
-    def _begin(self, lane: _Lane, connection: Connection) -> None:
+    def _begin(self, lane: Lane, connection: Connection) -> None:
         try:
             future = self._services.refresher.ask(connection)
         except Overloaded:
@@ -162,7 +156,7 @@ class Worker:
 
         future.add_done_callback(ended)
 
-    def _ready(self, app_id: str, lane: _Lane) -> bool:
+    def _ready(self, app_id: str, lane: Lane) -> bool:
         """Look whether the app's limits or its breaker have changed; false when there is no such app any more."""
         try:
             self._renew(app_id, lane)
@@ -172,7 +166,7 @@ class Worker:
         self._look_at_breaker(app_id, lane)
         return True
 
-    def _renew(self, app_id: str, lane: _Lane) -> None:
+    def _renew(self, app_id: str, lane: Lane) -> None:
         now = self._clock.elapsed()
         if now - self._shared_at > _RENEW:
             rows = alive(self._services.database, now=self._clock.now())
@@ -181,7 +175,7 @@ class Worker:
             rate = self._services.apps.row(app_id).options.get(RATE_OPTION, DEFAULT_RATE)
             lane.renewed_at, lane.rate = now, float(rate) / self._sharing
 
-    def _look_at_breaker(self, app_id: str, lane: _Lane) -> None:
+    def _look_at_breaker(self, app_id: str, lane: Lane) -> None:
         now = self._clock.elapsed()
         if now < lane.looked_at + _LOOK:
             return
@@ -189,66 +183,6 @@ class Worker:
         breaker = self._services.apps.breaker(app_id)
         if breaker is not None:
             lane.pause(now + (breaker.until - self._clock.now()).total_seconds())
-
-
-class _Lane:
-    """One app's due connections, and how fast they may go out from this worker; `rate` is refreshes per second."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.queue: OrderedDict[str, Connection] = OrderedDict()
-        self.rate = DEFAULT_RATE
-        self.renewed_at = self.looked_at = float("-inf")
-        self._lock = threading.Lock()
-        self._running: set[str] = set()
-        self._level, self._filled_at = 1.0, clock.elapsed()
-        self._paused_until = float("-inf")
-        self._probing = False
-
-    def add(self, connection: Connection) -> bool:
-        """Queue a claimed connection; false when the queue already holds what goes out within one hold."""
-        with self._lock:
-            if connection.id in self.queue or connection.id in self._running:
-                return True
-        if len(self.queue) >= max(_IN_FLIGHT, self.rate * _HOLD):
-            return False
-        self.queue[connection.id] = connection
-        return True
-
-    def next(self) -> Connection | None:
-        """The connection to refresh now, None while the app has as many as it may, is paused, or nothing is queued."""
-        now = self._clock.elapsed()
-        with self._lock:
-            at_once = 1 if self._probing else _IN_FLIGHT
-            if not self.queue or now < self._paused_until or len(self._running) >= at_once:
-                return None
-            if not self._take(now):
-                return None
-            _, connection = self.queue.popitem(last=False)
-            self._running.add(connection.id)
-            return connection
-
-    def ended(self, connection_id: str, ending: Ending | None) -> None:
-        """Note that a refresh is over, however it ended; called from the broker's threads."""
-        with self._lock:
-            self._running.discard(connection_id)
-            if ending is not None and ending.kind is EndingKind.REFRESHED:
-                self._probing = False
-
-    def pause(self, until: float) -> None:
-        """Send nothing before `until` (elapsed seconds), then one at a time until one succeeds."""
-        with self._lock:
-            self._paused_until, self._probing = until, True
-
-    def _take(self, now: float) -> bool:
-        # A quarter of a second's worth may go out at once: smooth enough for a limit a vendor counts per second.
-        size = max(1.0, self.rate / 4)
-        self._level = min(size, self._level + (now - self._filled_at) * self.rate)
-        self._filled_at = now
-        if self._level < 1.0:
-            return False
-        self._level -= 1.0
-        return True
 
 
 def _should_be_fresh(connection: Connection) -> bool:

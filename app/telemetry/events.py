@@ -326,7 +326,9 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         Event.CONNECTION_SHREDDED: _spec(
             "info", "connection provider outcome", "The tokens of a connection were destroyed."
         ),
-        Event.CONNECTION_IMPORTED: _spec("info", "connection app provider outcome", "A connection was imported."),
+        Event.CONNECTION_IMPORTED: _spec(
+            "info", "connection app provider outcome", "A connection was imported."
+        ),
         Event.CONNECTION_EXPORTED: _spec(
             "info",
             "connection app provider generation",
@@ -385,7 +387,9 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "A holder woke too late and sent nothing.",
         ),
         Event.REFRESH_DISCARDED: _spec(
-            "warning", "connection app provider generation attempt gone", "A late answer met a newer generation."
+            "warning",
+            "connection app provider generation attempt gone",
+            "A late answer met a newer generation.",
         ),
         Event.REFRESH_HELD: _spec(
             "error",
@@ -407,7 +411,9 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "An answer saved in the journal was brought in.",
         ),
         Event.JOURNAL_TORN: _spec("warning", "file bytes", "The torn last entry of a journal was ignored."),
-        Event.REVOKE_DONE: _spec("info", "connection provider connection_id outcome", "The provider revoked a grant we gave back."),
+        Event.REVOKE_DONE: _spec(
+            "info", "connection provider connection_id outcome", "The provider revoked a grant we gave back."
+        ),
         Event.REVOKE_FAILED: _spec(
             "warning", "connection provider code again connection_id", "The provider did not revoke a grant."
         ),

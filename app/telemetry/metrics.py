@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import prometheus_client.values
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -221,6 +221,8 @@ def prepare(state_dir: Path) -> None:
     counts in memory and the log says so.
     """
     global _shared, _local
+    if _shared is not None:
+        _shared.leave()
     directory = _Directory(state_dir / "metrics")
     try:
         directory.enter()
@@ -283,7 +285,7 @@ class _Directory:
         self.path = path
         self._process = 0
         self._identity = ""
-        self._owner: BinaryIO | None = None
+        self._owner: int | None = None
 
     def enter(self) -> None:
         """Make this process's files; remove what is left of an installation that no longer runs. Raises
@@ -357,10 +359,19 @@ class _Directory:
         identity = f"{os.getpid()}-{secrets.token_hex(4)}"
         for kind in _FILES:
             _set_aside(self.path / f"{kind}_{identity}.db", _BLOCKS)
+        self.leave()
         # lockf, not flock: a forked child must not inherit the claim of its parent.
-        owner = (self.path / f"{identity}{_OWNER}").open("wb")
+        owner = os.open(self.path / f"{identity}{_OWNER}", os.O_CREAT | os.O_WRONLY, 0o600)
         fcntl.lockf(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._owner, self._identity, self._process = owner, identity, os.getpid()
+
+    def leave(self) -> None:
+        """Give up the files this process has, or the handle its parent had; whoever comes next adds them
+        up.
+        """
+        if self._owner is not None:
+            os.close(self._owner)
+            self._owner = None
 
     def _owners(self) -> list[Path]:
         return sorted(self.path.glob(f"*{_OWNER}"))

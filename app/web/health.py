@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from flask import Response, request
+from flask import Response, current_app, request
 
 from app.access.permissions import Action
 from app.bootstrap import VERSION, Services
@@ -109,14 +109,14 @@ class MetricsListener:
     gunicorn listens on both addresses, so every worker serves both and none needs a server of its own.
     """
 
-    def __init__(self, app: WSGIApplication, bind: str) -> None:
+    def __init__(self, app: WSGIApplication, bind: str, *, beside: str) -> None:
         self._app = app
-        host, _, port = bind.rpartition(":")
-        self._port = port
-        self._host = host.strip("[]")
+        self._here = bind.removeprefix("unix:")
+        # The main address may have the same port on another interface; else the port alone tells, whatever was bound to.
+        self._same_port = bind.rpartition(":")[2] == beside.rpartition(":")[2]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ.get("SERVER_PORT") != self._port:
+        if not self._arrived_here(environ):
             return self._app(environ, start_response)
         found = environ.get("PATH_INFO") == "/metrics" and environ["REQUEST_METHOD"] in ("GET", "HEAD")
         body = metrics.expose() if found else b""
@@ -127,6 +127,17 @@ class MetricsListener:
         )
         return [body if environ["REQUEST_METHOD"] != "HEAD" else b""]
 
+    def _arrived_here(self, environ: WSGIEnvironment) -> bool:
+        """By the socket itself: SERVER_NAME and SERVER_PORT come from the Host header where a request came over a unix socket."""
+        socket = environ.get("gunicorn.socket")
+        if socket is None:
+            return False
+        address = socket.getsockname()
+        if isinstance(address, str):
+            return address == self._here
+        host, _, port = self._here.rpartition(":")
+        return str(address[1]) == port and (not self._same_port or address[0] == host.strip("[]"))
+
 
 _NO_STORE: Final = {"Cache-Control": "no-store"}
 
@@ -136,8 +147,6 @@ def _bare(status: int) -> Response:
 
 
 def _readiness() -> Readiness:
-    from flask import current_app
-
     found: Readiness = current_app.extensions[READINESS]
     return found
 

@@ -300,6 +300,7 @@ def test_missing_pip_is_named_with_the_next_step(project: Project) -> None:
 def test_index_that_does_not_answer_is_named_with_the_next_step(project: Project) -> None:
     """When pip cannot fetch uv, its words come first, ours say what to look at, and no half of it stays."""
     project.uv.unlink()
+    (project.root / ".uv" / "incoming-of-a-killed-start").mkdir()
     code, _, errors = project.start()
     assert code == 1
     assert "ERROR: no route to the index" in errors
