@@ -18,9 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench import load
 from bench.load import Result
-from bench.servers import ROOT, Server, database, free_port, memory_of_workers, serve, token_request
+from bench.servers import bare_route, database, memory_of_workers, token_request
 from tests.installation import Installation, connect, installation
+from tests.processes import Server, free_port, web
 
 _WORKERS, _THREADS = 2, 16
 
@@ -57,16 +59,11 @@ def _measure(kind: str, made: Installation, options: argparse.Namespace) -> list
     body_file.write_bytes(body)
     settings = {"DRAWBRIDGE_WEB_WORKERS": str(_WORKERS), "DRAWBRIDGE_WEB_THREADS": str(_THREADS)}
     port, bare_port = free_port(), free_port()
-    environ = made.environment(host="bench", LOG_LEVEL="WARNING", BIND=f"127.0.0.1:{port}") | settings
+    environ = made.environment(host="bench", LOG_LEVEL="WARNING") | settings
     bare_environ = settings | {"BARE_BODY": str(body_file)}
-    config = ROOT / "config" / "gunicorn.conf.py"
     with (
-        serve(
-            "wsgi:application", environ, log=made.directory / "web.log", port=port, config=config
-        ) as product,
-        serve(
-            "bench.bare:create_app()", bare_environ, log=made.directory / "bare.log", port=bare_port
-        ) as bare,
+        web(environ, log=made.directory / "web.log", port=port) as product,
+        bare_route(bare_environ, log=made.directory / "bare.log", port=bare_port) as bare,
     ):
         _check(product, request)
         return [
@@ -110,15 +107,19 @@ def _check(product: Server, request: bytes) -> None:
         raise RuntimeError(f"no hand-out: {answer[:300]!r}")
 
 
+def _run(server: Server, request: bytes, *, sockets: int, seconds: float) -> Result:
+    return load.run(server.host, server.port, request, sockets=sockets, seconds=seconds)
+
+
 def _compare(
     kind: str, product: Server, bare: Server, request: bytes, *, sockets: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     for server in (product, bare):
-        server.run(request, sockets=sockets, seconds=1.0)  # warm
+        _run(server, request, sockets=sockets, seconds=1.0)  # warm
     pairs: list[tuple[Result, Result]] = [
         (
-            product.run(request, sockets=sockets, seconds=options.seconds),
-            bare.run(request, sockets=sockets, seconds=options.seconds),
+            _run(product, request, sockets=sockets, seconds=options.seconds),
+            _run(bare, request, sockets=sockets, seconds=options.seconds),
         )
         for _ in range(options.rounds)
     ]
@@ -132,7 +133,7 @@ def _compare(
     if bad:
         raise RuntimeError(f"{bad} answers were not 200")
     memory = max(rss for rss, _ in memory_of_workers(product))
-    row = {
+    row: dict[str, Any] = {
         "database": kind,
         "sockets": sockets,
         "rate": statistics.median(one.rate for one, _ in pairs),

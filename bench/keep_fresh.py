@@ -13,11 +13,7 @@ import base64
 import hashlib
 import http.client
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.access.permissions import Permission
-from bench.servers import ROOT, database, free_port, serve
+from bench.servers import database
 from emulator import Control
 from tests.installation import HUBSPOT, Installation, installation
+from tests.processes import free_port, web, worker
 
 _MIN_TTL = 10
 
@@ -64,25 +61,12 @@ def main() -> int:
 def _run(made: Installation, options: argparse.Namespace) -> int:
     names, credentials = _prepare(made, options)
     port = free_port()
-    environ = made.environment(
-        host="bench", LOG_LEVEL="WARNING", BIND=f"127.0.0.1:{port}", METRICS_TOKEN="m" * 32
-    )
-    worker_environ = made.environment(host="worker", LOG_LEVEL="WARNING")
-    config = ROOT / "config" / "gunicorn.conf.py"
-    with serve("wsgi:application", environ, log=made.directory / "web.log", port=port, config=config):
-        with (made.directory / "worker.log").open("wb") as out:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "app", "worker"],
-                cwd=ROOT,
-                env={**os.environ, **worker_environ},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        try:
-            tally, waited = _load(port, names, credentials, options)
-        finally:
-            worker.send_signal(signal.SIGTERM)
-            worker.wait(120)
+    environ = made.environment(host="bench", LOG_LEVEL="WARNING", METRICS_TOKEN="m" * 32)
+    with (
+        web(environ, log=made.directory / "web.log", port=port),
+        worker(made.environment(host="worker", LOG_LEVEL="WARNING"), log=made.directory / "worker.log"),
+    ):
+        tally, waited = _load(port, names, credentials, options)
     return _judge(made.emulator.control, tally, waited, options)
 
 

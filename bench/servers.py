@@ -1,76 +1,21 @@
-"""gunicorn under test: started with the same settings for the product and for the bare route."""
+"""What the benches share: the bare route under the product's gunicorn settings, requests, memory, databases."""
 
 from __future__ import annotations
 
 import base64
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final
 
-from bench import load
 from tests.postgres import start_server
+from tests.processes import Server, serve
 
-__all__ = ["Server", "database", "free_port", "memory_of_workers", "pss_of", "serve", "token_request"]
-
-ROOT: Final = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running gunicorn."""
-
-    host: str
-    port: int
-    process: subprocess.Popen[bytes]
-
-    def run(self, request: bytes, *, sockets: int, seconds: float) -> load.Result:
-        """Put load on it."""
-        return load.run(self.host, self.port, request, sockets=sockets, seconds=seconds)
+__all__ = ["bare_route", "database", "memory_of_workers", "token_request"]
 
 
-def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextmanager
-def serve(
-    target: str, environ: Mapping[str, str], *, log: Path, port: int, config: Path | None = None
-) -> Iterator[Server]:
-    """gunicorn over `target` with this environment; waits until it answers and stops it in good order.
-
-    `config` is the product's own gunicorn configuration; without one the same values are given as options.
-    """
-    options = ["--config", str(config)] if config else _as_configured(environ, port)
-    command = [sys.executable, "-m", "gunicorn", *options, target]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environ}, stdout=out, stderr=subprocess.STDOUT
-        )
-    try:
-        _wait_for(port, process, log)
-        yield Server("127.0.0.1", port, process)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(90)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _as_configured(environ: Mapping[str, str], port: int) -> list[str]:
-    return [
+def bare_route(environ: Mapping[str, str], *, log: Path, port: int) -> AbstractContextManager[Server]:
+    """The bare Flask route under gunicorn with as many workers and threads as the product has."""
+    options = [
         "--worker-class=gthread",
         f"--workers={environ['DRAWBRIDGE_WEB_WORKERS']}",
         f"--threads={environ['DRAWBRIDGE_WEB_THREADS']}",
@@ -79,20 +24,7 @@ def _as_configured(environ: Mapping[str, str], port: int) -> list[str]:
         "--no-control-socket",
         "--log-level=warning",
     ]
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError("the server did not come up in 60 s")
+    return serve("bench.bare:create_app()", environ, options=options, log=log, port=port)
 
 
 def token_request(path: str, client_id: str, secret: str) -> bytes:
@@ -102,7 +34,7 @@ def token_request(path: str, client_id: str, secret: str) -> bytes:
     return ("\r\n".join([*lines, "Connection: keep-alive", "", ""])).encode()
 
 
-def pss_of(pid: int) -> tuple[float, float]:
+def _memory_of(pid: int) -> tuple[float, float]:
     """Resident memory of a process in MB, and its proportional share of it (shared pages divided)."""
     rss = pss = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -116,7 +48,7 @@ def pss_of(pid: int) -> tuple[float, float]:
 def memory_of_workers(server: Server) -> list[tuple[float, float]]:
     """(resident, proportional) MB of each worker process."""
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [pss_of(int(child)) for child in children]
+    return [_memory_of(int(child)) for child in children]
 
 
 @contextmanager

@@ -21,15 +21,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from app.access.permissions import Permission
 from app.bootstrap import Services
 from app.db.schema import apps, connections
-from bench.servers import ROOT, database, free_port, serve, token_request
+from bench import load
+from bench.servers import database, token_request
 from emulator import Control
 from tests.installation import HUBSPOT, Installation, installation
+from tests.processes import free_port, web
 
 _WORKERS, _THREADS = 2, 16
 _SOCKETS = 4
@@ -55,7 +58,7 @@ def _run(made: Installation, options: argparse.Namespace) -> int:
     host = made.host("command")
     client_id, secret, account = _prepare(made, host)
     port = free_port()
-    environ = made.environment(host="bench", LOG_LEVEL="ERROR", BIND=f"127.0.0.1:{port}") | {
+    environ = made.environment(host="bench", LOG_LEVEL="ERROR") | {
         "DRAWBRIDGE_WEB_WORKERS": str(_WORKERS),
         "DRAWBRIDGE_WEB_THREADS": str(_THREADS),
     }
@@ -64,16 +67,13 @@ def _run(made: Installation, options: argparse.Namespace) -> int:
     control.reset("counters")
     p99: dict[str, list[float]] = {}
     wrong = 0
-    config = ROOT / "config" / "gunicorn.conf.py"
-    with serve(
-        "wsgi:application", environ, log=made.directory / "web.log", port=port, config=config
-    ) as server:
-        server.run(request, sockets=_SOCKETS, seconds=1.0)
+    with web(environ, log=made.directory / "web.log", port=port):
+        load.run("127.0.0.1", port, request, sockets=_SOCKETS, seconds=1.0)
         troubles = _troubles(host, control, port=port, client_id=client_id, secret=secret)
         for number in range(options.rounds):
             for name, trouble in troubles.items():
                 with trouble():
-                    result = server.run(request, sockets=_SOCKETS, seconds=options.seconds)
+                    result = load.run("127.0.0.1", port, request, sockets=_SOCKETS, seconds=options.seconds)
                 wrong += sum(count for status, count in result.statuses.items() if status not in (0, 200))
                 p99.setdefault(name, []).append(1000 * result.percentile(0.99))
             print(
@@ -131,7 +131,7 @@ def _troubles(
 ) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     credentials = base64.b64encode(f"{client_id}:{secret}".encode()).decode()
 
-    def trouble(kind: str, *, count: int, **fault: int) -> Callable[[], AbstractContextManager[None]]:
+    def trouble(kind: str, *, count: int, **fault: Any) -> Callable[[], AbstractContextManager[None]]:
         @contextmanager
         def during() -> Iterator[None]:
             control.hubspot.misbehave(kind, **fault)

@@ -46,7 +46,7 @@ RATE_OPTION: Final = "max_refreshes_per_second"
 
 
 class Worker:
-    """One worker process; `run` works until `stop` is called."""
+    """One worker process; `run` works until `stop` is called. `held` says why nothing is refreshed, None when it is."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -57,7 +57,7 @@ class Worker:
         self._sharing = 1
         self._shared_at = float("-inf")
         self._late_at = float("-inf")
-        self._held: str | None = None
+        self.held: str | None = None
         self._schedule = Schedule(chores(services), services.clock)
 
     def stop(self) -> None:
@@ -110,9 +110,9 @@ class Worker:
     def _refreshing_is_held(self) -> bool:
         """Whether the database is not ours to refresh from (`drawbridge adopt`); told once, not every tick."""
         reason = self._services.adoption.disagreement()
-        if reason is not None and reason.code != self._held:
+        if reason is not None and reason.code != self.held:
             log(Event.REFRESH_HELD, code=reason.code, reason=reason.says)
-        self._held = None if reason is None else reason.code
+        self.held = None if reason is None else reason.code
         return reason is not None
 
     def _lane(self, app_id: str) -> Lane:

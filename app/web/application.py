@@ -23,7 +23,9 @@ _DAY: Final = 86_400
 
 def create_app(services: Services) -> Flask:
     """The application; making it touches neither network nor database, and several may stand side by side."""
-    app = Flask("app.web", static_folder="static", template_folder="templates", root_path=str(Path(__file__).parent))
+    app = Flask(
+        "app.web", static_folder="static", template_folder="templates", root_path=str(Path(__file__).parent)
+    )
     app.config.update(
         MAX_CONTENT_LENGTH=LARGEST_BODY,
         MAX_FORM_MEMORY_SIZE=LARGEST_BODY,

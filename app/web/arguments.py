@@ -37,9 +37,13 @@ NAME_PATTERN: Final = "[a-z0-9][a-z0-9._-]{0,62}"
 LONGEST_MIN_TTL: Final = 86_400.0
 LONGEST_MAX_WAIT: Final = 30.0
 _LONGEST_VALUE: Final = 4096
-_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # RFC 8259 §6, so no NaN or inf
+_NUMBER: Final = re.compile(
+    r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
+)  # RFC 8259 §6, so no NaN or inf
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_MEDIA_TYPE: Final = re.compile(r'application/json([ \t]*;[ \t]*charset[ \t]*=[ \t]*"?utf-?8"?)?[ \t]*', re.IGNORECASE)
+_MEDIA_TYPE: Final = re.compile(
+    r'application/json([ \t]*;[ \t]*charset[ \t]*=[ \t]*"?utf-?8"?)?[ \t]*', re.IGNORECASE
+)
 _FORM: Final = "application/x-www-form-urlencoded"
 
 
@@ -81,7 +85,9 @@ def read_wishes_body(body: bytes, content_type: str | None) -> Wishes:
     given = read_json(body, content_type, allowed=("min_ttl", "max_wait", "rejected"))
     rejected = given.get("rejected")
     if "rejected" in given and not (isinstance(rejected, str) and _DIGEST.fullmatch(rejected)):
-        raise InvalidRequest("rejected is the SHA-256 of the refused access token in 64 lower-case hex digits.")
+        raise InvalidRequest(
+            "rejected is the SHA-256 of the refused access token in 64 lower-case hex digits."
+        )
     return Wishes(
         min_ttl=_json_number(given, "min_ttl", most=LONGEST_MIN_TTL),
         max_wait=_json_number(given, "max_wait", most=LONGEST_MAX_WAIT),

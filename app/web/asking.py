@@ -29,7 +29,7 @@ __all__ = [
     "Cookie",
     "admin_cookie",
     "ask_caller",
-        "browser_cookie",
+    "browser_cookie",
     "client_address",
     "form_of_admin",
     "form_of_page",
@@ -89,7 +89,9 @@ def _is_trusted(address: str | None, settings: Settings) -> bool:
         found = ip_address(address or "")
     except ValueError:
         return False
-    return any((getattr(found, "ipv4_mapped", None) or found) in network for network in settings.trusted_proxies)
+    return any(
+        (getattr(found, "ipv4_mapped", None) or found) in network for network in settings.trusted_proxies
+    )
 
 
 def _bare(hop: str) -> str:

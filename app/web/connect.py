@@ -19,15 +19,15 @@ from werkzeug.exceptions import MethodNotAllowed
 
 from app.broker.admins import AdminSession
 from app.broker.apps import AppRow
-from app.broker.connect import CallbackRefused, Connected, check_name
-from app.broker.connection import Connection
+from app.broker.connect import CallbackRefused, Connected
+from app.broker.connection import Connection, check_name
 from app.errors import DrawbridgeError, InvalidRequest, NotFound
 from app.oauth2.provider import Provider
 from app.secret import Secret
 from app.telemetry import Event, log, metrics
 from app.web.arguments import read_query
-from app.web.pages import page, see_other
 from app.web.asking import browser_cookie, form_of_admin, form_of_page, require_admin, services
+from app.web.pages import page, see_other
 
 __all__ = ["blueprint"]
 
@@ -131,9 +131,8 @@ def undo(provider: str) -> Response:
 
 
 def _posted_plan(vendor: Provider) -> _Plan:
-    body_says_link = b"link=" in request.get_data()
-    if body_says_link:
-        form = form_of_page(("link",))
+    form = form_of_page(("link", "csrf", *_ADMIN_FIELDS))
+    if "link" in form:
         return _plan_of_link(vendor, _link_token(form), use=True)
     _, form = form_of_admin(*_ADMIN_FIELDS)
     return _plan_of_admin(vendor, form)

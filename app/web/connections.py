@@ -28,14 +28,16 @@ FORCED_PLACES: Final = "drawbridge.forced_places"
 quarters for their own waiting."""
 
 _PER_LOOK: Final = 500
-_LOOKS: Final = 8  # database pages looked through for one answer; a caller that may see little gets short pages
+_LOOKS: Final = (
+    8  # database pages looked through for one answer; a caller that may see little gets short pages
+)
 _Row = dict[str, Any]
 
 
 blueprint: Final = ApiBlueprint("connections", __name__, description="Linked accounts.")
 
 
-@blueprint.before_request
+@blueprint.first
 def _who() -> None:
     """Who asks comes before what is asked: no other fault is told to somebody unknown."""
     g.caller = ask_caller()
@@ -43,9 +45,9 @@ def _who() -> None:
         raise InvalidRequest("This takes no body.")
 
 
-@blueprint.get("/v1/connections")
+@blueprint.on("GET", "/v1/connections")
 @blueprint.query(ListQuery)
-@blueprint.response(200, Connections)
+@blueprint.answers(200, Connections)
 @blueprint.errors(400, 401, 403, 429, 503)
 def list_connections(query: _Row) -> _Row:
     """List the connections the caller may see, by name."""
@@ -56,9 +58,9 @@ def list_connections(query: _Row) -> _Row:
     return {"connections": [_shown(one, names) for one in shown], "next": last}
 
 
-@blueprint.get("/v1/connections/<name:name>")
+@blueprint.on("GET", "/v1/connections/<name:name>")
 @blueprint.query(NoQuery)
-@blueprint.response(200, OneConnection)
+@blueprint.answers(200, OneConnection)
 @blueprint.errors(400, 401, 403, 404, 429, 503)
 def show_connection(query: _Row, name: str) -> _Row:
     """Show one connection."""
@@ -66,9 +68,9 @@ def show_connection(query: _Row, name: str) -> _Row:
     return _shown(services().store.named(name), _app_names())
 
 
-@blueprint.post("/v1/connections/<name:name>/refresh")
+@blueprint.on("POST", "/v1/connections/<name:name>/refresh")
 @blueprint.query(NoQuery)
-@blueprint.response(200, OneConnection)
+@blueprint.answers(200, OneConnection)
 @blueprint.errors(400, 401, 403, 404, 409, 429, 503)
 def refresh_connection(query: _Row, name: str) -> _Row:
     """Refresh now, at most once in 30 seconds for each connection."""
@@ -77,27 +79,27 @@ def refresh_connection(query: _Row, name: str) -> _Row:
     return _shown(services().store.named(name), _app_names())
 
 
-@blueprint.post("/v1/connections/<name:name>/disable")
+@blueprint.on("POST", "/v1/connections/<name:name>/disable")
 @blueprint.query(NoQuery)
-@blueprint.response(200, OneConnection)
+@blueprint.answers(200, OneConnection)
 @blueprint.errors(400, 401, 403, 404, 409, 429, 503)
 def disable_connection(query: _Row, name: str) -> _Row:
     """Hand out nothing and refresh nothing until it is enabled again."""
     return _switched(name, services().revoker.disable)
 
 
-@blueprint.post("/v1/connections/<name:name>/enable")
+@blueprint.on("POST", "/v1/connections/<name:name>/enable")
 @blueprint.query(NoQuery)
-@blueprint.response(200, OneConnection)
+@blueprint.answers(200, OneConnection)
 @blueprint.errors(400, 401, 403, 404, 409, 429, 503)
 def enable_connection(query: _Row, name: str) -> _Row:
     """Undo disable."""
     return _switched(name, services().revoker.enable)
 
 
-@blueprint.delete("/v1/connections/<name:name>")
+@blueprint.on("DELETE", "/v1/connections/<name:name>")
 @blueprint.query(DisconnectQuery)
-@blueprint.response(202, OneConnection)
+@blueprint.answers(202, OneConnection)
 @blueprint.errors(400, 401, 403, 404, 429, 503)
 def disconnect(query: _Row, name: str) -> _Row:
     """Stop handing out at once; the grant is given back at the provider and destroyed in the background."""
@@ -167,8 +169,27 @@ def _app_names() -> dict[str, str]:
     return {app.id: app.reference for app in services().apps.list()}
 
 
+_SHOWN: Final = (
+    "name",
+    "provider",
+    "account_id",
+    "user_id",
+    "grant_type",
+    "state",
+    "generation",
+    "expires_at",
+    "scopes_wanted",
+    "scopes_granted",
+    "instance_url",
+    "connected_at",
+    "last_refresh_at",
+    "last_used_at",
+    "last_error",
+    "last_error_at",
+    "retry_at",
+)
+
+
 def _shown(connection: Connection, app_names: Mapping[str, str]) -> _Row:
-    plain = ("name", "provider", "account_id", "user_id", "grant_type", "state", "generation", "expires_at")
-    plain += ("scopes_wanted", "scopes_granted", "instance_url", "connected_at", "last_refresh_at", "last_used_at")
-    plain += ("last_error", "last_error_at", "retry_at")
-    return {name: getattr(connection, name) for name in plain} | {"app": app_names.get(connection.app_id)}
+    row: _Row = {name: getattr(connection, name) for name in _SHOWN}
+    return row | {"app": app_names.get(connection.app_id)}

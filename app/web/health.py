@@ -52,18 +52,18 @@ class Readiness:
         return True
 
 
-@blueprint.get("/livez")
-@blueprint.doc(security=[])
-@blueprint.response(200, description="This process answers.", content_type="text/plain")
+@blueprint.on("GET", "/livez")
+@blueprint.open_to_all
+@blueprint.answers(200, description="This process answers.", content_type="text/plain")
 def live() -> Response:
     """Answer, and look at nothing."""
     return _bare(200)
 
 
-@blueprint.get("/readyz")
-@blueprint.doc(security=[])
-@blueprint.response(200, description="Send requests here.", content_type="text/plain")
-@blueprint.alt_response(503, description="Send none for now.", content_type="text/plain")
+@blueprint.on("GET", "/readyz")
+@blueprint.open_to_all
+@blueprint.answers(200, description="Send requests here.", content_type="text/plain")
+@blueprint.may_answer(503, description="Send none for now.", content_type="text/plain")
 def ready() -> Response:
     """Say whether database and keys are there; never asks a provider, never tells why."""
     response = _bare(200 if _readiness()() else 503)
@@ -72,10 +72,10 @@ def ready() -> Response:
     return response
 
 
-@blueprint.get("/health")
+@blueprint.on("GET", "/health")
 @blueprint.query(NoQuery)
-@blueprint.response(200, HealthReport, content_type="application/health+json", description="Serving.")
-@blueprint.alt_response(
+@blueprint.answers(200, HealthReport, content_type="application/health+json", description="Serving.")
+@blueprint.may_answer(
     503, schema=HealthReport, content_type="application/health+json", description="Not serving."
 )
 @blueprint.errors(400, 401, 403, 429)
@@ -88,9 +88,9 @@ def health(query: dict[str, Any]) -> Response:
     return Response(json.dumps(report), status, content_type="application/health+json", headers=_NO_STORE)
 
 
-@blueprint.get("/metrics")
-@blueprint.doc(security=[])
-@blueprint.response(200, description="Prometheus text format.", content_type="text/plain")
+@blueprint.on("GET", "/metrics")
+@blueprint.open_to_all
+@blueprint.answers(200, description="Prometheus text format.", content_type="text/plain")
 @blueprint.errors(401, 404)
 def show_metrics() -> Response:
     """The numbers, for whoever has METRICS_TOKEN; where none is set there is nothing here."""
@@ -128,7 +128,7 @@ class MetricsListener:
         return [body if environ["REQUEST_METHOD"] != "HEAD" else b""]
 
     def _arrived_here(self, environ: WSGIEnvironment) -> bool:
-        """By the socket itself: SERVER_NAME and SERVER_PORT come from the Host header where a request came over a unix socket."""
+        """By the socket itself: over a unix socket SERVER_NAME and SERVER_PORT come from the Host header."""
         socket = environ.get("gunicorn.socket")
         if socket is None:
             return False
@@ -157,7 +157,9 @@ def _report(ours: Services) -> dict[str, Any]:
         checks = _checks(ours)
     except DatabaseUnavailable:
         ready = _readiness()()
-        checks = {"database": [{"status": "warn" if ready else "fail", "output": "The database does not answer."}]}
+        checks = {
+            "database": [{"status": "warn" if ready else "fail", "output": "The database does not answer."}]
+        }
     worst = max((entry["status"] for entries in checks.values() for entry in entries), key=_WORST.index)
     return {"status": worst, "version": VERSION, "description": "Drawbridge token broker", "checks": checks}
 

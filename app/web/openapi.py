@@ -27,8 +27,8 @@ DOCUMENT: Final = "drawbridge.openapi"
 _VERSION: Final = "3.1.0"
 _ABOUT: Final = (
     "Keeps the OAuth tokens of connected HubSpot and Salesforce accounts and hands out valid ones to callers that may have "
-    "them. Every request under /v1 carries a caller credential: Basic with client id and secret, or Bearer with a token from "
-    "/oauth/token. What is not known is refused: parameters, members and names."
+    "them. Every request under /v1 carries a caller credential: Basic with client id and secret, or Bearer with a token "
+    "from /oauth/token. What is not known is refused: parameters, members and names."
 )
 
 blueprint: Final = Blueprint("docs", __name__)
@@ -59,7 +59,8 @@ def begin(app: Flask) -> Api:
         "basic", {"type": "http", "scheme": "basic", "description": "Client id and secret."}
     )
     spec.components.security_scheme(
-        "bearer", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "From /oauth/token."}
+        "bearer",
+        {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "From /oauth/token."},
     )
     for name, schema in _SCHEMAS.items():
         spec.components.schema(name, component=schema)
@@ -124,15 +125,17 @@ def _operations(document: Mapping[str, Any]) -> Iterator[_Operation]:
 
 def _operation(path: str, method: str, found: Mapping[str, Any], shared: list[Any]) -> _Operation:
     content = found.get("requestBody", {}).get("content", {})
-    body = next((kind["schema"].get("properties", {}) for kind in content.values()), {})
+    body: Mapping[str, Any] = next((kind["schema"].get("properties", {}) for kind in content.values()), {})
     return _Operation(
         method=method.upper(),
         path=path,
         summary=found.get("summary", ""),
         description=found.get("description", ""),
-        parameters=tuple((*shared, *found.get("parameters", []))),
+        parameters=(*shared, *found.get("parameters", [])),
         body=body,
-        responses=tuple((str(status), _says(answer)) for status, answer in sorted(found["responses"].items())),
+        responses=tuple(
+            (str(status), _says(answer)) for status, answer in sorted(found["responses"].items())
+        ),
     )
 
 
@@ -174,7 +177,11 @@ _SCHEMAS: Final[Mapping[str, dict[str, Any]]] = {
             "title": {"type": "string"},
             "status": {"type": "integer", "minimum": 400, "maximum": 599},
             "detail": {"type": "string"},
-            "instance": {"type": "string", "format": "uri-reference", "description": "Also sent as X-Request-ID."},
+            "instance": {
+                "type": "string",
+                "format": "uri-reference",
+                "description": "Also sent as X-Request-ID.",
+            },
             "code": {"type": "string", "enum": list(_CODES)},
             "hint": {"type": "string", "description": "Who can do what about it."},
             "retryable": {"type": "boolean", "description": "Whether the same request may succeed later."},
@@ -210,7 +217,11 @@ _SCHEMAS: Final[Mapping[str, dict[str, Any]]] = {
             "connection": {"type": "string"},
             "provider": {"type": "string"},
             "account_id": {"type": "string"},
-            "instance_url": {"type": "string", "format": "uri", "description": "Where to call a Salesforce org."},
+            "instance_url": {
+                "type": "string",
+                "format": "uri",
+                "description": "Where to call a Salesforce org.",
+            },
             "generation": {"type": "integer", "minimum": 1},
         },
     },
@@ -343,7 +354,9 @@ _PATHS: Final[Mapping[str, dict[str, Any]]] = {
                     },
                     "A token of ours.",
                 ),
-                "400": _json(_OAUTH_ERROR, "invalid_request, invalid_scope, unsupported_grant_type or the like."),
+                "400": _json(
+                    _OAUTH_ERROR, "invalid_request, invalid_scope, unsupported_grant_type or the like."
+                ),
                 "401": _json(_OAUTH_ERROR, "invalid_client: unknown and wrong look the same."),
                 "403": _json(_OAUTH_ERROR, "The caller may not come from that address."),
                 "413": _json(_OAUTH_ERROR, "The body is too large."),

@@ -39,7 +39,11 @@ _BY_STATUS: Final[Mapping[int, type[DrawbridgeError]]] = {
     503: errors.Overloaded,
 }
 # RFC 6749 §5.2 and §4.1.2.1 have these words.
-_OAUTH_WORDS: Final[Mapping[int, str]] = {401: "invalid_client", 403: "unauthorized_client", 500: "server_error"}
+_OAUTH_WORDS: Final[Mapping[int, str]] = {
+    401: "invalid_client",
+    403: "unauthorized_client",
+    500: "server_error",
+}
 _CHALLENGES: Final = ('Basic realm="drawbridge", charset="UTF-8"', 'Bearer realm="drawbridge"')
 # Pages are for people with a cookie: a scheme browsers know would make them ask for a password nobody has.
 _PAGE_CHALLENGE: Final = 'LoginLink realm="drawbridge"'
@@ -90,7 +94,7 @@ def _answer(error: Exception) -> Response:
     path = request.path
     if path.startswith("/oauth/"):
         response = _as_oauth(problem)
-    elif path.startswith("/connect/") or path == "/admin" or path.startswith("/admin/"):
+    elif path.startswith(("/connect/", "/admin/")) or path == "/admin":
         response = _as_page(problem)
     else:
         response = _as_problem(problem)
@@ -124,7 +128,7 @@ def _ours(error: DrawbridgeError) -> Problem:
 
 
 def _theirs(error: HTTPException) -> Problem:
-    """An error of the framework: a path, method or body it does not take. Its words are its own, so they are not passed on."""
+    """An error of the framework: a path, method or body it does not take. Its words are not passed on."""
     status = error.code or 400
     kind = _BY_STATUS.get(status, errors.InvalidRequest)
     methods = tuple(sorted(getattr(error, "valid_methods", None) or ()))
@@ -193,7 +197,11 @@ def _as_problem(problem: Problem) -> Response:
 
 
 def _as_oauth(problem: Problem) -> Response:
-    word = "temporarily_unavailable" if problem.retryable else _OAUTH_WORDS.get(problem.status, "invalid_request")
+    word = (
+        "temporarily_unavailable"
+        if problem.retryable
+        else _OAUTH_WORDS.get(problem.status, "invalid_request")
+    )
     body = {"error": word, "error_description": problem.detail}
     response = Response(json.dumps(body), problem.status, content_type="application/json")
     response.headers["Pragma"] = "no-cache"  # RFC 6749 §5.1
@@ -204,7 +212,9 @@ def _as_oauth(problem: Problem) -> Response:
 
 def _as_page(problem: Problem) -> Response:
     page = render_template(
-        "error.html", problem=problem, incident=request.environ.get(REQUEST_ID, "") if problem.status == 500 else ""
+        "error.html",
+        problem=problem,
+        incident=request.environ.get(REQUEST_ID, "") if problem.status == 500 else "",
     )
     response = Response(page, problem.status, content_type="text/html; charset=utf-8")
     if problem.status == 401:

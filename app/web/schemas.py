@@ -21,7 +21,11 @@ __all__ = [
     "OneConnection",
 ]
 
-STATES: Final = (*(health.value for health in Health), AdminState.DISABLED.value, AdminState.DISCONNECTING.value)
+STATES: Final = (
+    *(health.value for health in Health),
+    AdminState.DISABLED.value,
+    AdminState.DISCONNECTING.value,
+)
 _NAME: Final = validate.Regexp(re.compile(f"^{NAME_PATTERN}$"))
 _MOST: Final = 500
 
@@ -39,12 +43,15 @@ class OneConnection(Schema):
 
     name = _text("Its name, set by an admin.")
     provider = _text("hubspot, salesforce, …")
-    app = fields.String(required=True, allow_none=True, metadata={"description": "The OAuth client it goes through."})
+    app = fields.String(
+        required=True, allow_none=True, metadata={"description": "The OAuth client it goes through."}
+    )
     account_id = _text("HubSpot portal or Salesforce org.")
     user_id = _text("The user it acts for; empty where the account alone is meant.")
     grant_type = _text("authorization_code, jwt_bearer or client_credentials.")
     state = _text(
-        "What an admin wants of it, unless that is `enabled`; then what the last refreshes say.", enum=list(STATES)
+        "What an admin wants of it, unless that is `enabled`; then what the last refreshes say.",
+        enum=list(STATES),
     )
     generation = fields.Integer(
         required=True, metadata={"description": "Counts every change of the stored tokens.", "minimum": 0}
@@ -59,7 +66,9 @@ class OneConnection(Schema):
     last_refresh_at = _moment("When tokens last came.")
     last_used_at = _moment("When somebody last asked for a token; a few seconds late.")
     last_error = fields.String(
-        required=True, allow_none=True, metadata={"description": "What was wrong at the last refresh, if it failed."}
+        required=True,
+        allow_none=True,
+        metadata={"description": "What was wrong at the last refresh, if it failed."},
     )
     last_error_at = _moment("When that was.")
     retry_at = _moment("Not refreshed before then.")
@@ -145,6 +154,4 @@ class HealthReport(Schema):
     status = _text("The worst of all checks.", enum=["pass", "warn", "fail"])
     version = _text("Of this program.")
     description = _text("What this is.")
-    checks = fields.Dict(
-        keys=fields.String(), values=fields.List(fields.Nested(HealthEntry)), required=True
-    )
+    checks = fields.Dict(keys=fields.String(), values=fields.List(fields.Nested(HealthEntry)), required=True)

@@ -22,7 +22,11 @@ __all__ = ["PATH", "TokenViews"]
 
 PATH: Final = "/v1/connections/<name:name>/token"
 _MANY: Final = 20_000  # connections whose answer is kept; about 1 KiB each
-_HEADERS: Final = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("Pragma", "no-cache")]
+_HEADERS: Final = [
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("Pragma", "no-cache"),
+]
 
 
 class TokenViews:

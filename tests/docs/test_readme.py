@@ -15,6 +15,8 @@ def test_promised_folders_exist() -> None:
     """Every package in README's map is there."""
     packages = set(re.findall(r"app\.([a-z_0-9]+)", README.read_text().split("```")[5]))
     root = README.parent / "app"
-    missing = [name for name in packages if not (root / name).is_dir() and not (root / f"{name}.py").is_file()]
+    missing = [
+        name for name in packages if not (root / name).is_dir() and not (root / f"{name}.py").is_file()
+    ]
     assert packages
     assert not missing

@@ -50,10 +50,17 @@ def test_a_dozen_lines_make_a_provider(
     server.serve(httpserver)
     with installation(database_url, tmp_path) as made:
         host = made.host()
-        where = {f"{name}_endpoint": httpserver.url_for(f"/{name}") for name in ("authorize", "token", "revoke")}
+        where = {
+            f"{name}_endpoint": httpserver.url_for(f"/{name}") for name in ("authorize", "token", "revoke")
+        }
         where["introspect_endpoint"] = httpserver.url_for("/introspect")
         acme = host.apps.add(
-            "acme", "plain", client_id=CLIENT_ID, secrets=[Secret(SECRET)], scopes=["read", "write"], options=where
+            "acme",
+            "plain",
+            client_id=CLIENT_ID,
+            secrets=[Secret(SECRET)],
+            scopes=["read", "write"],
+            options=where,
         )
         start = host.connect.start(acme, name="acme-one", started_by="admin:cli")
         answer = requests.get(start.url, params={"account": "acct-1"}, allow_redirects=False, timeout=10)

@@ -12,10 +12,10 @@ from app.broker import findings
 from app.broker.connection import Connection
 from app.errors import InvalidRequest
 from app.telemetry import Event, log
-from app.web.pages import page, see_other
 from app.web.arguments import NAME_PATTERN, read_query
 from app.web.asking import form_of_admin, require_admin, services, signed_in
 from app.web.connections import force_refresh
+from app.web.pages import page, see_other
 
 __all__ = ["register"]
 

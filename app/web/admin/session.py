@@ -10,9 +10,9 @@ from flask import Blueprint, Response, request
 from app.errors import Unauthenticated
 from app.secret import Secret
 from app.telemetry import Event, log
-from app.web.pages import page, see_other
 from app.web.arguments import read_query
 from app.web.asking import admin_cookie, form_of_admin, form_of_page, services, signed_in
+from app.web.pages import page, see_other
 
 __all__ = ["register"]
 
