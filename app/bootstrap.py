@@ -211,7 +211,6 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
         access=access,
         refresher=refresher,
         epochs=epochs,
-        watch=watch,
         clock=clock,
         waiters=settings.web_threads * 3 // 4,
         assumed_life=900.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -85,14 +86,19 @@ def _running(command: list[str], environ: Mapping[str, str], log: Path) -> Itera
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until it answers anything at all: gunicorn binds before its workers can serve."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended: {log.read_text()[-2000:]}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
+            connection.request("GET", "/livez")
+            connection.getresponse().read()
+        except (OSError, http.client.HTTPException):
             time.sleep(0.1)
         else:
             return
+        finally:
+            connection.close()
     raise RuntimeError("the server did not come up in 60 s")

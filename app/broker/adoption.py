@@ -82,6 +82,7 @@ class Adoption:
             if mark is not None and seen < int(mark["connections"]):
                 seen = self._count()  # the watch may be a moment behind a mark made by `adopt`
             if mark is not None and mark["installation"] != identifier:
+                self._mark = None  # read again next time: `adopt` is run by another process
                 return Disagreement(
                     "foreign_state_dir", "STATE_DIR belongs to another installation's database."
                 )
@@ -133,8 +134,8 @@ class Adoption:
                 self._write(self._mark)
 
     def _read_installation(self) -> tuple[str, str]:
-        # Read once: an installation's id never changes, its URL only by `adopt`, after which a process is restarted.
-        if self._installation is None:
+        # Read once when all is well: an installation's id never changes, its URL only by `adopt`, which ends a disagreement.
+        if self._installation is None or self._installation[1] != self._public_url:
             with self._database.read() as transaction:
                 row = transaction.execute(
                     sa.select(installation.c.id, installation.c.public_url)

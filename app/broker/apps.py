@@ -245,7 +245,8 @@ class Apps:
                     secrets=sealed.blob,
                     kek_id=sealed.kek_id,
                     version=app.version + 1,
-                    failures=0,
+                    # Not 0: the grant that comes next then closes what was found of the app.
+                    failures=sa.case((apps.c.failures > 0, 1), else_=0),
                     open_until=None,
                     open_reason=None,
                 )

@@ -18,16 +18,12 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection as Transaction
 from sqlalchemy.exc import IntegrityError
 
 from app.access.audit import Entry, Trail
-from app.broker import findings, notices
 from app.broker.apps import AppRow, Apps
 from app.broker.connection import AdminState, Connection, ConnectionId, Health, Rotation, Tokens, next_look
-from app.broker.findings import FindingKind
-from app.broker.notices import NoticeEvent
-from app.broker.refresh import Refresher
+from app.broker.refresh import Refresher, tell_recovered
 from app.broker.store import Store, check_name, new_id
 from app.clock import Clock
 from app.crypto.envelope import Place, Sealed, Sealer
@@ -418,20 +414,8 @@ class Connect:
                 return True
             if not self._store.reinstall(transaction, after, sealed):
                 return False
-            self._tell_recovered(transaction, existing)
+            tell_recovered(transaction, existing, now=self._clock.now())
             return True
-
-    def _tell_recovered(self, transaction: Transaction, before: Connection) -> None:
-        if before.health is not Health.NEEDS_RECONNECT:
-            return
-        now = self._clock.now()
-        findings.close(
-            transaction, FindingKind.NEEDS_RECONNECT, now=now, app_id=before.app_id, connection_id=before.id
-        )
-        notices.announce(
-            transaction, NoticeEvent.RECOVERED, now=now, connection=before.name, provider=before.provider
-        )
-        log(Event.CONNECTION_RECOVERED, connection=before.name, provider=before.provider)
 
     def _learn_life(self, provider: Provider, app: App, after: Connection, granted: Granted) -> None:
         if granted.expires_in is None:

@@ -15,7 +15,7 @@ from app.broker.store import new_id
 from app.db.engine import Database
 from app.db.schema import findings
 
-__all__ = ["Finding", "FindingKind", "close", "hold_of", "open_findings", "report"]
+__all__ = ["Finding", "FindingKind", "close", "hold_of", "lapse", "open_findings", "report"]
 
 
 class FindingKind(StrEnum):
@@ -100,11 +100,22 @@ def close(
     return closed.rowcount > 0
 
 
+def lapse(transaction: Transaction, kind: FindingKind, *, app_id: str, unseen_since: datetime) -> None:
+    """Close an app's finding that was not seen since then, as of when it last was: what comes now is another one."""
+    transaction.execute(
+        sa.update(findings)
+        .where(findings.c.open_key == _key(kind, app_id, None), findings.c.seen_at < unseen_since)
+        .values(closed_at=findings.c.seen_at, open_key=None)
+    )
+
+
 def hold_of(transaction: Transaction, app_id: str, *, since: datetime) -> tuple[datetime | None, bool]:
-    """Since when a mass refusal of this app is open, and whether one was closed after `since`."""
+    """Since when a mass refusal of this app is open and was seen after `since`, and whether one was closed after it."""
     mass = (findings.c.kind == FindingKind.MASS_REFUSAL.value) & (findings.c.app_id == app_id)
     opened = transaction.execute(
-        sa.select(findings.c.opened_at).where(mass, findings.c.closed_at.is_(None))
+        sa.select(findings.c.opened_at).where(
+            mass, findings.c.closed_at.is_(None), findings.c.seen_at >= since
+        )
     ).scalar()
     closed = transaction.execute(
         sa.select(sa.func.count()).select_from(findings).where(mass, findings.c.closed_at >= since)

@@ -23,7 +23,7 @@ from app.crypto.envelope import Place, check_canary, make_canary, open_, seal
 from app.crypto.keyring import Keyring
 from app.db.engine import Database
 from app.db.schema import installation, keks, processes
-from app.errors import DatabaseMismatch
+from app.errors import DatabaseMismatch, DatabaseUnavailable
 from app.telemetry import Event, log
 
 __all__ = [
@@ -90,7 +90,8 @@ def unlock(database: Database, keyring: Keyring) -> bytes:
 
 
 class ActiveKek:
-    """The KEK new records are sealed under, as the database says; believed while the `access` epoch stands."""
+    """The KEK new records are sealed under, as the database says; believed while the `access` epoch stands or the
+    database is away."""
 
     def __init__(self, database: Database, epochs: EpochSource) -> None:
         self._database = database
@@ -98,11 +99,18 @@ class ActiveKek:
         self._known: tuple[int, str] | None = None
 
     def __call__(self) -> str:
-        epoch = self._epochs.look().access
-        if self._known is not None and self._known[0] == epoch:
+        try:
+            epoch = self._epochs.look().access
+            if self._known is not None and self._known[0] == epoch:
+                return self._known[1]
+            with self._database.read() as transaction:
+                active = str(transaction.execute(sa.select(installation.c.active_kek)).scalar_one())
+        except DatabaseUnavailable:
+            # A token just received must be sealed for the journal now or is lost. A KEK is not retired while a refresh
+            # is under way, so the one known last still opens what it seals.
+            if self._known is None:
+                raise
             return self._known[1]
-        with self._database.read() as transaction:
-            active = str(transaction.execute(sa.select(installation.c.active_kek)).scalar_one())
         self._known = (epoch, active)
         return active
 

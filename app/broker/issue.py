@@ -11,8 +11,10 @@ record may have taken a while.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,7 @@ from app.broker.connection import AdminState, Connection, Tokens
 from app.broker.refresh import EndingKind, Refresher, trouble_of
 from app.broker.store import Store
 from app.clock import Clock
-from app.db.epoch import EpochWatch
-from app.errors import InvalidRequest, NotFound, RefreshInProgress
+from app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, RefreshInProgress
 from app.secret import Secret
 from app.telemetry import Event, metrics
 
@@ -38,6 +39,7 @@ LONGEST_MAX_WAIT: Final = 30.0
 FORCED_EVERY: Final = 30.0
 _SHORTEST_POLL: Final = 0.025
 _LONGEST_POLL: Final = 0.25
+_MOMENT: Final = 0.2  # seconds a caller waits for another thread to find out what has changed
 _SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
 
 
@@ -76,7 +78,6 @@ class Issuer:
         access: Access,
         refresher: Refresher,
         epochs: EpochSource,
-        watch: EpochWatch,
         clock: Clock,
         waiters: int,
         assumed_life: float,
@@ -85,7 +86,6 @@ class Issuer:
         self._access = access
         self._refresher = refresher
         self._epochs = epochs
-        self._watch = watch
         self._clock = clock
         self._assumed_life = assumed_life
         self._room = threading.BoundedSemaphore(max(1, waiters))
@@ -144,8 +144,10 @@ class Issuer:
             outcome="issued",
             detail={"generation": token.generation},
         )
-        if self._clock.elapsed() - began > _SLOW_RECORD and self._current(token.connection) is not token:
-            return False
+        if self._clock.elapsed() - began > _SLOW_RECORD:
+            self._access.require(caller, Action.TOKEN_ISSUE, token.connection)
+            if self._current(token.connection) is not token:
+                return False
         if token.left(self._clock.timestamp()) < needed:
             return False
         self._used.add(token.connection_id)
@@ -160,17 +162,28 @@ class Issuer:
         return self._known.get(name) or self._load(name)
 
     def _drop_changed(self, epoch: int) -> None:
-        if not self._lock.acquire(blocking=self._seen_epoch < 0):
-            return  # another thread is at it; what we hold is a moment old at most
+        if not self._lock.acquire(timeout=_MOMENT):
+            # Something changed and the database is slow to say what: it may be what was taken away (P6).
+            raise DatabaseUnavailable("The database is slow to say what has changed.")
         try:
             if epoch <= self._seen_epoch:
                 return
             if self._seen_epoch >= 0:
-                for identifier in self._watch.changed_connections(self._seen_epoch):
+                for identifier in self._outdated(self._seen_epoch, epoch):
                     self._known.pop(self._names.pop(identifier, ""), None)
             self._seen_epoch = epoch
         finally:
             self._lock.release()
+
+    def _outdated(self, since: int, epoch: int) -> set[str]:
+        """The ids of known connections that were changed or deleted between the two epochs."""
+        changed = self._store.changes_since(since)
+        outdated = set(changed)
+        if sum(at <= epoch for at in changed.values()) < epoch - since:
+            # A change that no row shows: one was changed twice, or deleted.
+            known = list(self._names)
+            outdated |= set(known) - self._store.surviving(known)
+        return outdated
 
     def _load(self, name: str) -> HandOut:
         epoch = self._seen_epoch
@@ -200,19 +213,23 @@ class Issuer:
                 connection = self._store.get(token.connection_id)
                 if connection is None or connection.generation != token.generation:
                     return self._forget(token)
-                if connection.admin_state is not AdminState.ENABLED:
+                if not _enabled(connection):
                     self._deny(caller, token, trouble_of(connection, self._clock.now()).code)
                     raise trouble_of(connection, self._clock.now())
-                if not self._refreshed(caller, connection, deadline):
+                if not token.enabled:
+                    return self._forget(token)  # switched on again a moment ago; its token may well live
+                if not self._refreshed(connection, deadline):
                     self._pause(pause, deadline)
                     pause = min(2 * pause, _LONGEST_POLL)
 
-    def _refreshed(self, caller: Caller, connection: Connection, deadline: float) -> bool:
+    def _refreshed(self, connection: Connection, deadline: float) -> bool:
         """Have it refreshed; false when another process is at it."""
         try:
             ending = self._refresher.ask(connection).result(max(0.0, deadline - self._clock.elapsed()))
         except FutureTimeout:
             raise RefreshInProgress() from None
+        except CancelledError:
+            raise Overloaded("This process is shutting down.") from None
         if ending.error is not None:
             raise copy.copy(ending.error)
         return ending.kind is not EndingKind.BUSY
@@ -263,13 +280,23 @@ class Issuer:
 def _needed(token: HandOut, min_ttl: float | None) -> float:
     if min_ttl is None:
         return min(60.0, token.life / 4)
+    if not math.isfinite(min_ttl):
+        raise InvalidRequest("min_ttl is not a number of seconds.")
     if min_ttl > token.life / 2:
         raise InvalidRequest(f"min_ttl may be at most {int(token.life / 2)} seconds for this connection.")
     return max(min_ttl, 0.0) or 1e-9  # never a token that dies this very moment
 
 
 def _bounded(max_wait: float | None) -> float:
-    return DEFAULT_MAX_WAIT if max_wait is None else min(max(max_wait, 0.0), LONGEST_MAX_WAIT)
+    if max_wait is None:
+        return DEFAULT_MAX_WAIT
+    if math.isnan(max_wait):
+        raise InvalidRequest("max_wait is not a number of seconds.")
+    return min(max(max_wait, 0.0), LONGEST_MAX_WAIT)
+
+
+def _enabled(connection: Connection) -> bool:
+    return connection.admin_state is AdminState.ENABLED and connection.exported_at is None
 
 
 def _hand_out(connection: Connection, tokens: Tokens, *, assumed_life: float) -> HandOut:
@@ -290,5 +317,5 @@ def _hand_out(connection: Connection, tokens: Tokens, *, assumed_life: float) ->
         expires=connection.expires_at.timestamp() if alive and connection.expires_at else 0.0,
         life=connection.life_seconds or assumed_life,
         digest=access_token.sha256() if access_token else "",
-        enabled=connection.admin_state is AdminState.ENABLED and connection.exported_at is None,
+        enabled=_enabled(connection),
     )

@@ -27,6 +27,7 @@ from typing import Any, Final, Literal
 
 from app.crypto.envelope import Sealed
 from app.errors import Overloaded
+from app.telemetry import Event, log
 
 __all__ = ["FACT_NAMES", "FACT_STAMPS", "Entry", "Journal"]
 
@@ -93,10 +94,14 @@ class Journal:
             self._pending.discard(attempt)
             if self._descriptor is None:
                 return
-            if self._pending:
-                _write_all(self._descriptor, _line({"kind": "done", "attempt": attempt}))
-            else:
-                os.ftruncate(self._descriptor, 0)
+            try:
+                if self._pending:
+                    _append(self._descriptor, _line({"kind": "done", "attempt": attempt}), durable=False)
+                else:
+                    os.ftruncate(self._descriptor, 0)
+            except OSError as fault:
+                # The answer is committed all the same; the mark only spares a replay that finds nothing to do.
+                log(Event.JOURNAL_FAILED, attempt=attempt, code=f"done_{fault.errno}")
 
     def pending_keks(self) -> set[str]:
         """The KEKs named by entries of this host that are still to be committed, in any process's file."""
@@ -171,11 +176,12 @@ def _line(record: dict[str, Any]) -> bytes:
     return b"%08x " % zlib.crc32(body) + body + b"\n"
 
 
-def _append(descriptor: int, line: bytes) -> None:
+def _append(descriptor: int, line: bytes, *, durable: bool = True) -> None:
     size = os.fstat(descriptor).st_size
     try:
         _write_all(descriptor, line)
-        os.fsync(descriptor)
+        if durable:
+            os.fsync(descriptor)
     except OSError:
         # Half a line must not swallow the next one.
         os.ftruncate(descriptor, size)

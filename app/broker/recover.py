@@ -6,12 +6,12 @@ import sqlalchemy as sa
 
 from app.broker.apps import Apps
 from app.broker.journal import Entry, Journal
-from app.broker.refresh import Refresher
+from app.broker.refresh import Refresher, tell_recovered
 from app.broker.store import Store
 from app.clock import Clock
 from app.db.engine import Database
 from app.db.schema import attempts
-from app.errors import DrawbridgeError
+from app.errors import DrawbridgeError, RefreshHeld
 from app.oauth2.provider import Grant
 from app.telemetry import Event, log
 
@@ -41,20 +41,30 @@ class Recovery:
     def run(self) -> int:
         """Adopt every journal of this host whose process is gone; how many answers lay in them.
 
-        Raises `DatabaseUnavailable` and leaves what it could not bring in where it is.
+        Raises `DatabaseUnavailable` and leaves what it could not bring in where it is. Nothing is brought in while the
+        database may be a copy: an answer that fits no row here may be another installation's only good token.
         """
+        try:
+            self._refresher.require_adopted()
+        except RefreshHeld as held:
+            log(Event.REFRESH_HELD, code=held.code)
+            return 0
         return self._journal.adopt_orphans(self._bring_in)
 
     def _bring_in(self, entry: Entry) -> None:
         with self._database.write() as transaction:
             saved = self._store.replay(transaction, entry)
+            now = self._clock.now()
+            standing = self._store.read_leased(transaction, entry.connection)[0] if saved else None
+            if standing is not None:
+                tell_recovered(transaction, standing, now=now)
             transaction.execute(
                 sa.update(attempts)
                 .where(attempts.c.id == entry.attempt, attempts.c.finished_at.is_(None))
                 .values(
                     outcome="granted" if saved else "superseded",
                     code="replayed",
-                    finished_at=self._clock.now(),
+                    finished_at=now,
                 )
             )
         gone = not saved and self._store.get(entry.connection) is None

@@ -92,6 +92,14 @@ class Ending:
     error: DrawbridgeError | None = None
 
 
+class _Fate(Enum):
+    """What became of a grant when it was to be stored."""
+
+    SAVED = "saved"
+    MOVED = "moved"  # the row has another generation by now
+    GONE = "gone"  # there is no row any more
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """Who refreshes: named in every attempt, so that people know where a lost answer may lie."""
@@ -174,12 +182,23 @@ class Refresher:
         """Try again to commit what the database refused; how many outcomes are still waiting."""
         with self._lock:
             waiting, self._unsaved = self._unsaved, []
-        for attempt in waiting:
-            if not attempt():
+        while waiting:
+            try:
+                saved = waiting[0]()
+            except BaseException:
+                with self._lock:
+                    self._unsaved.extend(waiting[1:])
+                raise
+            attempt = waiting.pop(0)
+            if not saved:
                 with self._lock:
                     self._unsaved.append(attempt)
         with self._lock:
             return len(self._unsaved)
+
+    def require_adopted(self) -> None:
+        """Pass when this database's grants are ours to use; raises `RefreshHeld` with the reason."""
+        self._adoption.require()
 
     def wire(self, before_body: Callable[[], None] | None = None) -> Wire:
         """A wire with this installation's deadlines, for calls that are not refreshes as well."""
@@ -259,6 +278,8 @@ class Refresher:
             return Ending(EndingKind.HELD, held)
         app = self._apps.open(seen.app_id)
         provider = self._apps.provider(seen.provider)
+        # Before the refresh token is spent, not after: what comes back must be sealed even if the database is gone by then.
+        self._store.check_sealing()
         lease = self._take(seen)
         if lease is None:
             return Ending(EndingKind.BUSY)
@@ -351,21 +372,31 @@ class Refresher:
         if told is not None and told.identity != lease.connection.identity:
             # A sandbox copied anew keeps the grant and becomes another org: its token is not this connection's.
             outcome = Refused("account_changed")
+        rhythm = self.rhythm(provider)
+        if not isinstance(outcome, Granted):
+            return self._note_failure(lease, outcome, now=now, rhythm=rhythm)
         settled = settle(
-            lease.connection,
-            outcome,
-            now=now,
-            rhythm=self.rhythm(provider),
-            tokens=lease.tokens,
-            crowd=self._crowd(lease.connection, outcome, now),
+            lease.connection, outcome, now=now, rhythm=rhythm, tokens=lease.tokens, crowd=Crowd()
         )
-        if isinstance(outcome, Granted) and settled.tokens is not None:
-            if told is not None and told.instance_url is not None:
-                moved = replace(settled.connection, instance_url=told.instance_url)
-                settled = replace(settled, connection=moved)
-            return self._keep(lease, app, provider, settled=settled, granted=outcome)
-        self._persist(lambda transaction: self._save_failure(transaction, lease, settled, outcome, now))
-        return Ending(EndingKind.FAILED, trouble_of(settled.connection, now))
+        if told is not None and told.instance_url is not None:
+            moved = replace(settled.connection, instance_url=told.instance_url)
+            settled = replace(settled, connection=moved)
+        return self._keep(lease, app, provider, settled=settled, granted=outcome)
+
+    def _note_failure(self, lease: Lease, outcome: Outcome, *, now: datetime, rhythm: Rhythm) -> Ending:
+        """Store what an outcome without tokens says; the crowd is counted in the same transaction, which is tried again."""
+        settled: list[Settled] = []
+
+        def save(transaction: Transaction) -> None:
+            crowd = self._crowd(transaction, lease.connection, outcome, now)
+            settled[:] = [
+                settle(lease.connection, outcome, now=now, rhythm=rhythm, tokens=lease.tokens, crowd=crowd)
+            ]
+            self._save_failure(transaction, lease, settled[0], outcome, now)
+
+        if not self._persist(save):
+            return Ending(EndingKind.FAILED, DatabaseUnavailable())
+        return Ending(EndingKind.FAILED, trouble_of(settled[0].connection, now))
 
     def _told(self, connection: Connection, app: App, provider: Provider, outcome: Outcome) -> Account | None:
         """Who the answer says the token is for; an answer that says it badly must not cost us the token."""
@@ -380,32 +411,48 @@ class Refresher:
     def _keep(
         self, lease: Lease, app: App, provider: Provider, *, settled: Settled, granted: Granted
     ) -> Ending:
-        assert settled.tokens is not None
+        tokens = settled.tokens
+        assert tokens is not None
         after = settled.connection
-        sealed = self._store.seal(settled.tokens, after.id, generation=after.generation)
+        sealed = self._store.seal(tokens, after.id, generation=after.generation)
         journaled = (
             granted.refresh_token is not None
             and self.journal_answer(lease.attempt, after, sealed) is not None
         )
-        saved: list[bool] = []
+        fate: list[_Fate] = []
 
         def save(transaction: Transaction) -> None:
-            saved[:] = [self._save_grant(transaction, lease, settled, sealed)]
+            fate[:] = [self._save_grant(transaction, lease, settled, sealed)]
 
         def finish() -> None:
             if journaled:
                 self._journal.done(lease.attempt)
-            if not saved[0]:
-                self._came_too_late(lease, app, provider, settled.tokens)
+            if fate[0] is not _Fate.SAVED:
+                self._came_too_late(lease, app, provider, tokens=tokens, gone=fate[0] is _Fate.GONE)
 
         if not self._persist(save, then=finish):
             return Ending(EndingKind.HELD, DatabaseUnavailable())
-        if not saved[0]:
+        if fate[0] is not _Fate.SAVED:
             return Ending(EndingKind.MOVED)
-        self.learn_life(after, app, provider, granted)
+        self._learn_later(after, app, provider, granted)
         return Ending(EndingKind.REFRESHED)
 
-    def _save_grant(self, transaction: Transaction, lease: Lease, settled: Settled, sealed: Sealed) -> bool:
+    def _learn_later(self, after: Connection, app: App, provider: Provider, granted: Granted) -> None:
+        """Ask for the token's life once those who waited for it have it: introspection may hang as well (P2)."""
+        if granted.expires_in is not None:
+            return
+
+        def learn() -> None:
+            try:
+                self.learn_life(after, app, provider, granted)
+            except Exception:  # noqa: BLE001 - nobody waits for this future; a bug in a provider file must show
+                log(Event.REFRESH_CRASHED, connection=after.name, exc_info=True)
+
+        with self._lock:
+            if not self._closed:
+                self._lanes[after.app_id].submit(learn)
+
+    def _save_grant(self, transaction: Transaction, lease: Lease, settled: Settled, sealed: Sealed) -> _Fate:
         after, now = settled.connection, self._clock.now()
         saved = self._store.save_tokens(transaction, after, sealed)
         _finish(transaction, lease.attempt, outcome="granted" if saved else "superseded", code=None, now=now)
@@ -414,7 +461,12 @@ class Refresher:
             findings.close(transaction, FindingKind.PROVIDER_DOWN, now=now, app_id=after.app_id)
         if lease.connection.health is Health.DOUBTFUL:
             findings.close(transaction, FindingKind.MASS_REFUSAL, now=now, app_id=after.app_id)
-        return saved
+        if not saved:
+            return _Fate.MOVED if self._store.exists(transaction, after.id) else _Fate.GONE
+        if self._clock.elapsed() > lease.ends:
+            # Another process may have tried meanwhile and taken the connection for lost.
+            tell_recovered(transaction, after, now=now)
+        return _Fate.SAVED
 
     def _save_failure(
         self, transaction: Transaction, lease: Lease, settled: Settled, outcome: Outcome, now: datetime
@@ -432,6 +484,9 @@ class Refresher:
         self, transaction: Transaction, after: Connection, trouble: AppTrouble, *, now: datetime
     ) -> None:
         if trouble is AppTrouble.CROWD:
+            findings.lapse(
+                transaction, FindingKind.MASS_REFUSAL, app_id=after.app_id, unseen_since=now - _HOLD_MEMORY
+            )
             findings.report(
                 transaction, FindingKind.MASS_REFUSAL, now=now, app_id=after.app_id, code=after.refused_code
             )
@@ -447,17 +502,20 @@ class Refresher:
                     transaction, FindingKind.PROVIDER_DOWN, now=now, app_id=after.app_id, code=code
                 )
 
-    def _came_too_late(self, lease: Lease, app: App, provider: Provider, tokens: Tokens | None) -> None:
+    def _came_too_late(
+        self, lease: Lease, app: App, provider: Provider, *, tokens: Tokens, gone: bool
+    ) -> None:
         """The row moved on while the provider was asked: a newer install stands, or the connection is gone."""
-        gone = self._store.get(lease.connection.id) is None
         log(Event.REFRESH_DISCARDED, connection=lease.connection.name, attempt=lease.attempt, gone=gone)
-        if gone and tokens is not None:
+        if gone:
             grant = Grant(
                 "authorization_code", refresh_token=tokens.refresh_token, access_token=tokens.access_token
             )
             provider.revoke(app, grant, wire=self.wire())
 
-    def _crowd(self, connection: Connection, outcome: Outcome, now: datetime) -> Crowd:
+    def _crowd(
+        self, transaction: Transaction, connection: Connection, outcome: Outcome, now: datetime
+    ) -> Crowd:
         may_refuse = isinstance(outcome, Refused) or (
             isinstance(outcome, Unavailable) and outcome.then is not None
         )
@@ -470,16 +528,15 @@ class Refresher:
             connections.c.health == Health.DOUBTFUL.value,
             connections.c.last_error_at >= now - _CROWD_WINDOW,
         )
-        with self._database.read() as transaction:
-            count = transaction.execute(
-                sa.select(sa.func.count()).select_from(connections).where(refused)
-            ).scalar_one()
-            total = transaction.execute(
-                sa.select(sa.func.count())
-                .select_from(connections)
-                .where(mine, connections.c.admin_state == "enabled")
-            ).scalar_one()
-            held_since, spent = findings.hold_of(transaction, connection.app_id, since=now - _HOLD_MEMORY)
+        count = transaction.execute(
+            sa.select(sa.func.count()).select_from(connections).where(refused)
+        ).scalar_one()
+        total = transaction.execute(
+            sa.select(sa.func.count())
+            .select_from(connections)
+            .where(mine, connections.c.admin_state == "enabled")
+        ).scalar_one()
+        held_since, spent = findings.hold_of(transaction, connection.app_id, since=now - _HOLD_MEMORY)
         return Crowd(refused=count + 1, total=total, held_since=held_since, spent=spent)
 
     def _persist(
@@ -555,6 +612,26 @@ def tell_lost(transaction: Transaction, connection: Connection, *, now: datetime
         provider=connection.provider,
         code=connection.last_error,
     )
+
+
+def tell_recovered(transaction: Transaction, connection: Connection, *, now: datetime) -> None:
+    """If people were told that the connection is lost, tell them that it is not any more, in the same transaction."""
+    if not findings.close(
+        transaction,
+        FindingKind.NEEDS_RECONNECT,
+        now=now,
+        app_id=connection.app_id,
+        connection_id=connection.id,
+    ):
+        return
+    notices.announce(
+        transaction,
+        NoticeEvent.RECOVERED,
+        now=now,
+        connection=connection.name,
+        provider=connection.provider,
+    )
+    log(Event.CONNECTION_RECOVERED, connection=connection.name, provider=connection.provider)
 
 
 def _finish(transaction: Transaction, attempt: str, *, outcome: str, code: str | None, now: datetime) -> None:

@@ -114,6 +114,8 @@ class Revoker:
         wire = self._refresher.wire()
         if connection.grant_type != "authorization_code":
             return "impossible"  # nothing was granted that could be given back: the key or the client secret is it
+        if connection.exported_at is not None:
+            return "impossible"  # the grant is in use elsewhere; giving it back would take it from there
         grant = Grant(
             "authorization_code", refresh_token=tokens.refresh_token, access_token=tokens.access_token
         )
@@ -122,18 +124,15 @@ class Revoker:
             if removed == "done":
                 return removed
             log(Event.REVOKE_FAILED, connection=connection.name, code=f"uninstall_{removed}")
+            if removed == "retry":
+                return removed  # giving the grant back first would leave nothing to uninstall with
         return provider.revoke(app, grant, wire=wire)
 
     def _later(self, connection: Connection, *, code: str, pause: float) -> bool:
         with self._database.write() as transaction:
-            self._store.change(
-                transaction,
-                connection.id,
-                retry_at=self._clock.now() + timedelta(seconds=pause),
-                failures=connection.failures + 1,
-                last_error=code,
-                last_error_at=self._clock.now(),
-            )
+            now = self._clock.now()
+            until = now + timedelta(seconds=pause)
+            self._store.postpone_removal(transaction, connection, until=until, code=code, now=now)
         return False
 
     def _shred(self, connection: Connection, result: RevokeResult) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -78,6 +78,7 @@ _AFTER_GRANT: Final = {
 }
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _MICROSECONDS: Final = 1_000_000
+_AT_ONCE: Final = 1000  # parameters in one IN list
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -163,6 +164,26 @@ class Store:
         """The same by id."""
         return self._with_tokens(connections.c.id == connection_id)
 
+    def changes_since(self, epoch: int) -> dict[str, int]:
+        """Id and epoch of every row changed after the counter stood there; a deleted row shows by being in none."""
+        query = sa.select(connections.c.id, connections.c.epoch).where(connections.c.epoch > epoch)
+        with self._database.read() as transaction:
+            return {row.id: row.epoch for row in transaction.execute(query)}
+
+    def surviving(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that still have a row."""
+        found: set[str] = set()
+        with self._database.read() as transaction:
+            for start in range(0, len(ids), _AT_ONCE):
+                some = connections.c.id.in_(ids[start : start + _AT_ONCE])
+                found.update(transaction.scalars(sa.select(connections.c.id).where(some)))
+        return found
+
+    def exists(self, transaction: Transaction, connection_id: str) -> bool:
+        """Whether the row is there, seen from inside the caller's transaction."""
+        query = sa.select(connections.c.id).where(connections.c.id == connection_id)
+        return transaction.execute(query).one_or_none() is not None
+
     def _one(self, where: sa.ColumnElement[bool]) -> Connection | None:
         with self._database.read() as transaction:
             row = transaction.execute(_SELECT.where(where)).one_or_none()
@@ -186,6 +207,10 @@ class Store:
             if (secret := getattr(tokens, name)) is not None
         }
         return self._sealer.seal(json.dumps(clear).encode(), place_of(connection_id, generation))
+
+    def check_sealing(self) -> None:
+        """Pass when something could be sealed right now; raises `Unopenable` or `DatabaseUnavailable`."""
+        self._sealer.seal(b"", place_of("", 0))
 
     def open(self, sealed: bytes | None, connection_id: str, *, generation: int) -> Tokens:
         """The reverse of `seal`; a shredded row opens to no tokens. Raises `Unopenable`."""
@@ -337,6 +362,25 @@ class Store:
         )
         return self._update(transaction, fence, exported_at=now, refresh_at=None)
 
+    def postpone_removal(
+        self, transaction: Transaction, seen: Connection, *, until: datetime, code: str, now: datetime
+    ) -> None:
+        """Note that a disconnecting row could not be revoked yet, unless it was installed anew meanwhile."""
+        transaction.execute(
+            sa.update(connections)
+            .where(
+                connections.c.id == seen.id,
+                connections.c.generation == seen.generation,
+                connections.c.admin_state == AdminState.DISCONNECTING.value,
+            )
+            .values(
+                retry_at=until,
+                failures=connections.c.failures + 1,
+                last_error=code,
+                last_error_at=now,
+            )
+        )
+
     def remove(self, transaction: Transaction, connection_id: str, *, generation: int) -> bool:
         """Delete a disconnecting row with its wrapped key, unless it was installed anew meanwhile."""
         bump(transaction, "connections")
@@ -358,6 +402,9 @@ class Store:
             .where(
                 connections.c.refresh_at <= db_now(),
                 connections.c.admin_state == AdminState.ENABLED.value,
+                # Enabling one of these, or asking for its token, does not make it ours to refresh.
+                connections.c.health != Health.NEEDS_RECONNECT.value,
+                connections.c.exported_at.is_(None),
             )
             .order_by(connections.c.refresh_at)
             .limit(limit)

@@ -17,7 +17,8 @@ from sqlalchemy.exc import IntegrityError
 
 from app.access.audit import Entry, Trail
 from app.broker.apps import AppRow, Apps
-from app.broker.connection import Connection, ConnectionId, Health, Rotation, Tokens
+from app.broker.connection import AdminState, Connection, ConnectionId, Health, Rotation, Tokens
+from app.broker.refresh import tell_recovered
 from app.broker.store import Store, check_name, new_id
 from app.clock import Clock
 from app.crypto.sealed_box import seal_to
@@ -101,6 +102,7 @@ class Transfer:
                     self._store.insert(transaction, after, sealed)
                 elif not self._store.reinstall(transaction, after, sealed):
                     raise Conflict("The connection changed while it was imported; import the line again.")
+                tell_recovered(transaction, after, now=self._clock.now())
                 self._trail.record(Entry(actor, Event.CONNECTION_IMPORTED, after.name))
         except IntegrityError:
             raise Conflict(f"The name {after.name!r} is taken by another account.") from None
@@ -130,8 +132,12 @@ class Transfer:
             created_at=now,
         )
         scopes = app.scopes if data["scopes"] is None else tuple(data["scopes"])
+        state = AdminState.ENABLED if base.admin_state is AdminState.DISCONNECTING else base.admin_state
         return replace(
             base,
+            grant_type="authorization_code",
+            admin_state=state,
+            revoke_since=None,
             health=Health.HEALTHY,
             generation=base.generation + 1,
             expires_at=expires_at,
@@ -145,10 +151,12 @@ class Transfer:
             last_try=False,
             refused_generation=None,
             refused_at=None,
+            refused_code=None,
             failures=0,
             retry_at=None,
             refresh_at=now if data["refresh_token"] else None,
             last_error=None,
+            last_error_at=None,
             exported_at=None,
             connected_at=now,
         )
@@ -156,15 +164,23 @@ class Transfer:
     def export(self, name: str, *, public_key_pem: bytes, actor: str = "admin:cli") -> bytes:
         """The connection with its tokens, sealed to the key; from now on this installation leaves the grant alone.
 
-        Raises `NotFound`, `Conflict` while a refresh is under way, and `InvalidRequest` for a key that is none.
+        Raises `NotFound`, `Conflict` while a refresh is under way or when it was moved before, and `InvalidRequest` for a key
+        that is none or a connection without a grant to move.
         """
         seen = self._store.named(name)
         found = self._store.tokens_of(seen.id)
         if found is None or found[0].open_attempt is not None:
             raise Conflict("A refresh is under way; export again in a moment.")
         connection, tokens = found
+        if connection.exported_at is not None:
+            raise Conflict(f"{name!r} was moved already; a second copy would spend the same grant.")
+        if connection.grant_type != "authorization_code":
+            raise InvalidRequest(
+                f"{name!r} mints its tokens with a key of yours; add it at the other installation with that key instead."
+            )
         line = {
             "provider": connection.provider,
+            "app": self._apps.row(connection.app_id).name,
             "account_id": connection.account_id,
             "user_id": connection.user_id or None,
             "access_token": tokens.access_token.reveal() if tokens.access_token else None,

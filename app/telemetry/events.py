@@ -457,7 +457,9 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         # web
         Event.REQUEST_FAILED: _spec(
-            "error", "method route code status error", "A request failed through our own fault."
+            "error",
+            "method route code status incident error",
+            "A request failed through our own fault.",
         ),
         Event.REQUEST_SLOW: _spec("warning", "method route seconds", "A request took longer than it should."),
         Event.WEBHOOK_ACCEPTED: _spec(

@@ -20,7 +20,8 @@ from werkzeug.exceptions import MethodNotAllowed
 from app.broker.admins import AdminSession
 from app.broker.apps import AppRow
 from app.broker.connect import CallbackRefused, Connected
-from app.broker.connection import Connection, check_name
+from app.broker.connection import Connection
+from app.broker.store import check_name
 from app.errors import DrawbridgeError, InvalidRequest, NotFound
 from app.oauth2.provider import Provider
 from app.secret import Secret

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -71,8 +72,8 @@ def begin(app: Flask) -> Api:
 
 def finish(app: Flask, api: Api) -> None:
     """Add what is described by hand and keep the document."""
-    for path, operations in _PATHS.items():
-        api.spec.path(path=path, operations=operations)
+    for endpoint, operations in _OPERATIONS.items():
+        api.spec.path(rule=next(app.url_map.iter_rules(endpoint)), operations=deepcopy(operations))
     app.extensions[DOCUMENT] = api.spec.to_dict()
 
 
@@ -263,17 +264,15 @@ _TOKEN: Final = _json(
 ) | {"headers": {"Cache-Control": {"schema": {"type": "string", "const": "no-store"}}}}
 _OAUTH_ERROR: Final = {"$ref": "#/components/schemas/OAuthError"}
 _STRINGS: Final = {"type": "array", "items": {"type": "string"}}
-_NAME_PARAMETER: Final = {"in": "path", "name": "name", "required": True, "schema": _NAME}
 
-_PATHS: Final[Mapping[str, dict[str, Any]]] = {
-    "/v1/connections/{name}/token": {
+_OPERATIONS: Final[Mapping[str, dict[str, Any]]] = {
+    "token_get": {  # and token_post, at the same path
         "get": {
             "tags": ["tokens"],
             "operationId": "get_token",
             "summary": "Get a valid access token.",
             "description": "Answers at once while the stored token lives long enough, whatever the provider is doing.",
             "parameters": [
-                _NAME_PARAMETER,
                 {"in": "query", "name": "min_ttl", "schema": _MIN_TTL, "description": _SAYS_MIN_TTL},
                 {"in": "query", "name": "max_wait", "schema": _MAX_WAIT, "description": _SAYS_MAX_WAIT},
             ],
@@ -286,7 +285,6 @@ _PATHS: Final[Mapping[str, dict[str, Any]]] = {
             "description": (
                 "With `rejected` the token is refreshed only if that is still the current one, at most once in 30 seconds."
             ),
-            "parameters": [_NAME_PARAMETER],
             "requestBody": {
                 "required": True,
                 "content": {
@@ -310,7 +308,7 @@ _PATHS: Final[Mapping[str, dict[str, Any]]] = {
             "responses": {"200": _TOKEN, **_refs(400, 401, 403, 404, 409, 413, 415, 429, 503)},
         },
     },
-    "/oauth/token": {
+    "oauth.issue_token": {
         "post": {
             "tags": ["oauth"],
             "operationId": "get_caller_token",
@@ -365,7 +363,7 @@ _PATHS: Final[Mapping[str, dict[str, Any]]] = {
             },
         }
     },
-    "/oauth/jwks": {
+    "oauth.show_keys": {
         "get": {
             "tags": ["oauth"],
             "operationId": "show_keys",
@@ -385,7 +383,7 @@ _PATHS: Final[Mapping[str, dict[str, Any]]] = {
             },
         }
     },
-    "/.well-known/oauth-authorization-server": {
+    "oauth.show_metadata": {
         "get": {
             "tags": ["oauth"],
             "operationId": "show_metadata",

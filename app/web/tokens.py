@@ -41,8 +41,9 @@ class TokenViews:
 
     def register(self, app: Flask) -> None:
         """Put the views on their path, not through a blueprint, whose hooks would be looked for at each request."""
-        app.add_url_rule(PATH, "token_get", self.get, methods=["GET"])
-        app.add_url_rule(PATH, "token_post", self.post, methods=["POST"])
+        # flask-smorest, which describes the path, expects `defaults` to be there as blueprints leave it.
+        app.add_url_rule(PATH, "token_get", self.get, methods=["GET"], defaults={})
+        app.add_url_rule(PATH, "token_post", self.post, methods=["POST"], defaults={})
 
     def get(self, name: str) -> Response:
         """A token; `min_ttl` and `max_wait` in the query."""

@@ -219,7 +219,9 @@ def test_a_long_text_is_cut_without_leaving_half_a_token(offset: int) -> None:
     ["a" * 16_000, "@" * 16_000, "secret" * 2_500, '\\"' * 8_000, "a@" * 8_000, "eyJ" * 5_000, "://" * 5_000],
 )
 def test_no_text_makes_the_patterns_crawl(text: str) -> None:
-    """Quadratic patterns would let a stranger's header stall a thread; a step count stands in for a clock."""
+    """A stranger chooses what stands in a header; a pattern that backtracks without end would hang here for
+    hours.
+    """
     assert len(scrub(text)) <= len(text) * 3
 
 
