@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from tests.postgres import start_server
+from tests.postgres import temporary_server
 from tests.processes import Server, serve
 
 __all__ = ["bare_route", "database", "memory_of_workers", "token_request"]
@@ -57,8 +57,5 @@ def database(kind: str, directory: Path) -> Iterator[str]:
     if kind == "sqlite":
         yield f"sqlite:///{directory / 'drawbridge.db'}"
         return
-    server = start_server(directory / "postgres")
-    try:
+    with temporary_server() as server:
         yield server.create_database()
-    finally:
-        server.stop()

@@ -55,8 +55,8 @@ class Recovery:
         with self._database.write() as transaction:
             saved = self._store.replay(transaction, entry)
             now = self._clock.now()
-            standing = self._store.read_leased(transaction, entry.connection)[0] if saved else None
-            if standing is not None:
+            standing = self._store.get_within(transaction, entry.connection)
+            if saved and standing is not None:
                 tell_recovered(transaction, standing, now=now)
             transaction.execute(
                 sa.update(attempts)
@@ -67,7 +67,7 @@ class Recovery:
                     finished_at=now,
                 )
             )
-        gone = not saved and self._store.get(entry.connection) is None
+        gone = standing is None
         log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=gone)
         if gone:
             self._give_back(entry)

@@ -462,7 +462,8 @@ class Refresher:
         if lease.connection.health is Health.DOUBTFUL:
             findings.close(transaction, FindingKind.MASS_REFUSAL, now=now, app_id=after.app_id)
         if not saved:
-            return _Fate.MOVED if self._store.exists(transaction, after.id) else _Fate.GONE
+            gone = self._store.get_within(transaction, after.id) is None
+            return _Fate.GONE if gone else _Fate.MOVED
         if self._clock.elapsed() > lease.ends:
             # Another process may have tried meanwhile and taken the connection for lost.
             tell_recovered(transaction, after, now=now)

@@ -202,8 +202,9 @@ class Keys:
             where = ", ".join(f"{row.kind} {row.pid} on {row.host}" for row in lacking)
             raise Conflict(f"{where} does not hold {target!r}; give it the new keyring and restart it first.")
 
-    def _lacking(self, target: str) -> list[ProcessRow]:
-        return [row for row in alive(self._database, now=self._clock.now()) if target not in row.kek_ids]
+    def _lacking(self, target: str) -> tuple[ProcessRow, ...]:
+        living = alive(self._database, now=self._clock.now())
+        return tuple(row for row in living if target not in row.kek_ids)
 
     def _rewrap_all(self, target: str) -> Iterator[Progress]:
         total = sum(self._left(holder, target) for holder in _HOLDERS)

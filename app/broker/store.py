@@ -179,10 +179,10 @@ class Store:
                 found.update(transaction.scalars(sa.select(connections.c.id).where(some)))
         return found
 
-    def exists(self, transaction: Transaction, connection_id: str) -> bool:
-        """Whether the row is there, seen from inside the caller's transaction."""
-        query = sa.select(connections.c.id).where(connections.c.id == connection_id)
-        return transaction.execute(query).one_or_none() is not None
+    def get_within(self, transaction: Transaction, connection_id: str) -> Connection | None:
+        """The connection as it stands inside the caller's transaction, or None."""
+        row = transaction.execute(_SELECT.where(connections.c.id == connection_id)).one_or_none()
+        return None if row is None else _connection(row._mapping)
 
     def _one(self, where: sa.ColumnElement[bool]) -> Connection | None:
         with self._database.read() as transaction:

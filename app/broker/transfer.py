@@ -164,8 +164,8 @@ class Transfer:
     def export(self, name: str, *, public_key_pem: bytes, actor: str = "admin:cli") -> bytes:
         """The connection with its tokens, sealed to the key; from now on this installation leaves the grant alone.
 
-        Raises `NotFound`, `Conflict` while a refresh is under way or when it was moved before, and `InvalidRequest` for a key
-        that is none or a connection without a grant to move.
+        Raises `NotFound`, `Conflict` while a refresh is under way or when it was moved before, and `InvalidRequest` for a
+        key that is none or a connection without a grant to move.
         """
         seen = self._store.named(name)
         found = self._store.tokens_of(seen.id)

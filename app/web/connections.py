@@ -41,7 +41,8 @@ blueprint: Final = ApiBlueprint("connections", __name__, description="Linked acc
 def _who() -> None:
     """Who asks comes before what is asked: no other fault is told to somebody unknown."""
     g.caller = ask_caller()
-    if request.get_data():
+    environ = request.environ
+    if environ.get("CONTENT_LENGTH") not in (None, "", "0") or "HTTP_TRANSFER_ENCODING" in environ:
         raise InvalidRequest("This takes no body.")
 
 
@@ -53,7 +54,7 @@ def list_connections(query: _Row) -> _Row:
     """List the connections the caller may see, by name."""
     caller: Caller = g.caller
     require_somewhere(caller, Action.CONNECTION_READ)
-    shown, last = _readable(caller, after=query["after"], limit=query["limit"])
+    shown, last = _readable(caller, after=query.get("after", ""), limit=query["limit"])
     names = _app_names()
     return {"connections": [_shown(one, names) for one in shown], "next": last}
 

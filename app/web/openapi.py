@@ -329,11 +329,13 @@ _OPERATIONS: Final[Mapping[str, dict[str, Any]]] = {
                                 "grant_type": {"type": "string", "const": "client_credentials"},
                                 "scope": {
                                     "type": "string",
-                                    "pattern": f"^({_SCOPE})( ({_SCOPE}))*$",
+                                    "pattern": f"^(({_SCOPE})( ({_SCOPE}))*)?$",
                                     "maxLength": 200,
                                     "description": "Actions, between spaces; all the caller has where there is none.",
                                 },
                             },
+                            # RFC 6749 §3.2: what is not known is ignored, what is repeated is refused.
+                            "additionalProperties": {"type": "string"},
                         }
                     }
                 },

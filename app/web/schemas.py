@@ -26,7 +26,6 @@ STATES: Final = (
     AdminState.DISABLED.value,
     AdminState.DISCONNECTING.value,
 )
-_NAME: Final = validate.Regexp(re.compile(f"^{NAME_PATTERN}$"))
 _MOST: Final = 500
 
 
@@ -94,47 +93,57 @@ class NoQuery(_Strict):
     """No parameters."""
 
 
+class _WholeNumber(fields.Integer):
+    """Plain digits; the library would take 1_0, +1 and blanks around it as well."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **more: Any) -> int:
+        if re.fullmatch(r"0|[1-9][0-9]{0,8}", value) is None:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class _Switch(fields.Boolean):
+    """true or false and no other spelling."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **more: Any) -> bool:
+        if value not in ("true", "false"):
+            raise ValidationError("is true or false.")
+        return bool(value == "true")
+
+
+def _check_name(value: str) -> None:
+    if re.fullmatch(NAME_PATTERN, value) is None:
+        raise ValidationError("is no name of a connection.")
+
+
 class ListQuery(_Strict):
     """Which page."""
 
     after = fields.String(
-        load_default="", validate=_NAME, metadata={"description": "Only names behind this one."}
-    )
-    limit = fields.Method(
-        deserialize="read_limit",
-        load_default=100,
+        validate=_check_name,
         metadata={
-            "type": "integer",
-            "minimum": 1,
-            "maximum": _MOST,
-            "description": "At most so many; a page may hold fewer and still have a `next`.",
+            "description": "Only names behind this one.",
+            "pattern": f"^{NAME_PATTERN}$",
+            "maxLength": 63,
         },
     )
-
-    def read_limit(self, value: str) -> int:
-        """A whole number in plain digits."""
-        if re.fullmatch(r"[1-9][0-9]{0,3}", value) is None or int(value) > _MOST:
-            raise ValidationError(f"is a whole number from 1 to {_MOST}.")
-        return int(value)
+    limit = _WholeNumber(
+        load_default=100,
+        validate=validate.Range(1, _MOST, error=f"is not between 1 and {_MOST}."),
+        error_messages={"invalid": "is not a whole number."},
+        metadata={"description": "At most so many; a page may hold fewer and still have a `next`."},
+    )
 
 
 class DisconnectQuery(_Strict):
     """How to disconnect."""
 
-    uninstall = fields.Method(
-        deserialize="read_switch",
+    uninstall = _Switch(
         load_default=False,
         metadata={
-            "type": "boolean",
-            "description": "Remove the app from the whole account as well, for all its users, where the provider can.",
+            "description": "Remove the app from the whole account as well, for all its users, where the provider can."
         },
     )
-
-    def read_switch(self, value: str) -> bool:
-        """true or false and no other spelling."""
-        if value not in ("true", "false"):
-            raise ValidationError("is true or false.")
-        return value == "true"
 
 
 class HealthEntry(Schema):

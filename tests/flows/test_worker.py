@@ -59,11 +59,18 @@ def test_an_app_is_held_to_its_own_rate(database_url: str, tmp_path: Path) -> No
     """With four refreshes a second allowed, no second sees more than those four and the one a full bucket gives."""
     with installation(database_url, tmp_path) as made:
         host = made.host()
+        default = host.apps.find("hubspot")
         slow = host.apps.add(
-            "hubspot", "slow", client_id=HUBSPOT, secrets=[Secret("hubspot-secret")], scopes=["oauth"]
+            "hubspot",
+            "slow",
+            client_id=HUBSPOT,
+            secrets=[Secret("hubspot-secret")],
+            scopes=default.scopes,
+            options=default.options,
         )
         with host.database.write() as transaction:
-            transaction.execute(sa.update(apps).where(apps.c.id == slow.id).values(options={RATE_OPTION: 4}))
+            options = dict(slow.options) | {RATE_OPTION: 4}
+            transaction.execute(sa.update(apps).where(apps.c.id == slow.id).values(options=options))
         bring_in(host, made, "hubspot", count=12, app="slow")
         with working(made) as running:
             until(lambda: all(one.generation >= 2 for one in connections_of(running.services)))

@@ -74,6 +74,16 @@ def test_a_token_in_any_text_does_not_survive(
     assert token not in scrub(f"{before} {json.dumps({'value': token})} {after}")
 
 
+@pytest.mark.parametrize(
+    "token",
+    ["na1-1a2b3c4d", "eu1-1a2b3c4d-5e6f", "pat-na1-12345678", "abcdefab-abcd-abcd-abcd-abcdefabcdef"],
+)
+def test_a_vendors_form_is_known_even_when_it_is_short_or_reads_like_words(token: str) -> None:
+    """Samples of HubSpot's; a UUID can be all letters."""
+    for text in (token, f"x{token}", f"refreshing {token}.", f"/tokens/{token}/info"):
+        assert token not in scrub(text)
+
+
 def looks_like_words(token: str) -> bool:
     return not any(map(str.isdigit, token)) and not any(map(str.isupper, token))
 
