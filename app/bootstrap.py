@@ -221,6 +221,7 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
             Chore("heartbeat", 10.0, presence.beat),
             Chore("clock", 10.0, database.sample_clock),
             Chore("leftovers", 1.0, refresher.save_leftovers),
+            Chore("hand-outs", 0.5, issuer.count),
             Chore("used", 5.0, lambda: store.mark_used(issuer.take_used(), now=clock.now())),
             Chore("callers", 30.0, authentication.note_used),
             Chore("denials", 1.0, denials.tick),

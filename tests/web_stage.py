@@ -128,9 +128,7 @@ class Stage:
         location = self.begin(client, provider, name=name, query=query)
         return Answer(client.get(self.approve(provider, location, **choice)))
 
-    def begin(
-        self, client: FlaskClient, provider: str, *, name: str | None = None, query: str = ""
-    ) -> str:
+    def begin(self, client: FlaskClient, provider: str, *, name: str | None = None, query: str = "") -> str:
         """Press the button; where the browser is sent."""
         page = Answer(client.get(f"/connect/{provider}{query or (f'?name={name}' if name else '')}"))
         assert page.status == 200, page.text
@@ -196,9 +194,7 @@ def populate(emulator: Emulator) -> None:
 
 
 @contextmanager
-def staged(
-    emulator: Emulator, database_url: str, state_dir: Path, **more: str
-) -> Iterator[Stage]:
+def staged(emulator: Emulator, database_url: str, state_dir: Path, **more: str) -> Iterator[Stage]:
     """Bring everything up, with one caller that may everything, and down again."""
     populate(emulator)
     clock = JumpingClock()
@@ -208,7 +204,13 @@ def staged(
     services.start()
     try:
         stage = Stage(services, create_app(services), emulator, clock)
-        everything = ("token:issue@*", "connection:read@*", "connection:manage@*", "sync:read@*", "sync:write@*")
+        everything = (
+            "token:issue@*",
+            "connection:read@*",
+            "connection:manage@*",
+            "sync:read@*",
+            "sync:write@*",
+        )
         stage.add_caller("caller", *everything, rate=10_000)
         yield stage
     finally:

@@ -154,8 +154,11 @@ class Trail:
             self._led = True
         if not leads:
             ticket.woken.acquire()
-        if not ticket.settled:
-            self._lead()
+        try:
+            if not ticket.settled:
+                self._lead()
+        finally:
+            ticket.wake_next()
         if ticket.failure is not None:
             raise AuditUnavailable(ticket.failure)
 
@@ -425,14 +428,21 @@ class Trail:
 class _Ticket:
     """One thread's row on its way; `woken` is released when it is settled, or when its thread shall lead."""
 
-    __slots__ = ("failure", "settled", "texts", "woken")
+    __slots__ = ("failure", "next", "settled", "texts", "woken")
 
     def __init__(self, texts: tuple[str, str, str, str, str | None]) -> None:
         self.texts = texts
         self.settled = False
         self.failure: str | None = None
+        self.next: _Ticket | None = None
         self.woken = threading.Lock()
         self.woken.acquire()
+
+    def wake_next(self) -> None:
+        """Pass the news on to whoever shared this ticket's commit and stands behind it."""
+        follows, self.next = self.next, None
+        if follows is not None:
+            follows.woken.release()
 
 
 class _Chain:
@@ -487,10 +497,18 @@ class _Chain:
 
 
 def _settle(tickets: Sequence[_Ticket], failure: str | None) -> None:
-    for ticket in tickets:
+    """Tell everybody in a commit how it ended.
+
+    Only the first is woken here, and each wakes the next: threads that woke all at once would only queue for the
+    interpreter's lock, which measured at a sixth of the whole request.
+    """
+    follows: _Ticket | None = None
+    for ticket in reversed(tickets):
         ticket.failure = failure
         ticket.settled = True
-        ticket.woken.release()
+        ticket.next, follows = follows, ticket
+    if follows is not None:
+        follows.woken.release()
 
 
 @lru_cache(maxsize=4096)  # the same few words make up nearly all entries

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -93,6 +94,7 @@ class Issuer:
         self._known: dict[str, HandOut] = {}
         self._names: dict[str, str] = {}
         self._seen_epoch = -1
+        self._handed: deque[tuple[HandOut, str]] = deque()  # appended to by many threads, emptied by one
         self._used: set[str] = set()
 
     def issue(
@@ -118,7 +120,7 @@ class Issuer:
             refused = rejected is not None and rejected == token.digest
             if token.enabled and token.left(self._clock.timestamp()) >= needed and not refused:
                 if self._recorded(caller, token, needed):
-                    metrics.hand_outs.labels(token.provider, "kept" if deadline is None else "waited").inc()
+                    self._handed.append((token, "kept" if deadline is None else "waited"))
                     return token
                 continue
             if deadline is None:
@@ -128,6 +130,16 @@ class Issuer:
     def waiting(self) -> int:
         """How many threads may still begin to wait."""
         return self._room._value  # the semaphore offers no other way to look
+
+    def count(self) -> None:
+        """Count what was handed out since the last call; done now and then, for each count costs a hand-out dearly."""
+        counts: Counter[tuple[str, str]] = Counter()
+        while self._handed:
+            token, way = self._handed.popleft()
+            counts[token.provider, way] += 1
+            self._used.add(token.connection_id)
+        for (provider, way), number in counts.items():
+            metrics.hand_outs.labels(provider, way).inc(number)
 
     def take_used(self) -> set[str]:
         """The ids handed out since the last call, for `Store.mark_used`."""
@@ -148,10 +160,7 @@ class Issuer:
             self._access.require(caller, Action.TOKEN_ISSUE, token.connection)
             if self._current(token.connection) is not token:
                 return False
-        if token.left(self._clock.timestamp()) < needed:
-            return False
-        self._used.add(token.connection_id)
-        return True
+        return token.left(self._clock.timestamp()) >= needed
 
     # What this process knows
 

@@ -6,13 +6,21 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from app.cli.opening import ROOT, read_settings
 from app.cli.output import Output, reporting
 
-__all__ = ["demo", "program_environment", "up", "web", "worker"]
+if TYPE_CHECKING:
+    from app.settings import Settings
+
+__all__ = ["demo", "program_environment", "up", "web", "wherever_it_stands", "worker"]
+
+PREFIX = "DRAWBRIDGE_"
 
 _DEMO = "emulator.demo"
 
@@ -33,7 +41,7 @@ def demo(out: Output, *, leave: bool) -> None:
             "The demo is not part of this installation; run it from the project's folder."
         )
     flags = [*(["--exit"] if leave else []), *(["--json"] if out.as_json else [])]
-    _become(["-m", _DEMO, *flags])
+    _become(["-m", _DEMO, *flags], program_environment())
 
 
 @click.command(short_help="Serve HTTP.")
@@ -49,7 +57,8 @@ def web(out: Output) -> None:
     if out.as_json:
         out.tell({"kind": "web", "pid": os.getpid(), "bind": settings.bind, "url": settings.public_url})
         sys.stdout.flush()
-    _become(["-m", "gunicorn", "--config", str(ROOT / "config" / "gunicorn.conf.py")])
+    command = ["-m", "gunicorn", "--config", str(ROOT / "config" / "gunicorn.conf.py")]
+    _become(command, wherever_it_stands(program_environment(), settings))
 
 
 @click.command(short_help="Refresh ahead of time; carry out disconnects.")
@@ -116,10 +125,24 @@ def program_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
 
 
+def wherever_it_stands(environment: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """The environment with every path made absolute: gunicorn works in the program's folder, not in the caller's."""
+    told = dict(environment)
+    for name, value in environment.items():
+        if name.startswith(PREFIX) and name.endswith("_FILE") and value:
+            told[name] = str(Path(value).absolute())
+    told[f"{PREFIX}STATE_DIR"] = str(settings.state_dir.absolute())
+    scheme, _, file = settings.database_url.partition(":///")
+    if scheme == "sqlite":
+        told.pop(f"{PREFIX}DATABASE_URL_FILE", None)
+        told[f"{PREFIX}DATABASE_URL"] = f"sqlite:///{Path(file).absolute()}"
+    return told
+
+
 def _own(command: str) -> list[str]:
     return [sys.executable, "-P", "-m", "app", command]
 
 
-def _become(arguments: list[str]) -> None:
+def _become(arguments: list[str], environment: Mapping[str, str]) -> None:
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-P", *arguments], program_environment())  # noqa: S606 - our own module
+    os.execve(sys.executable, [sys.executable, "-P", *arguments], environment)  # noqa: S606 - our own modules

@@ -17,7 +17,7 @@ Owns routes, the strict reading of what comes in, cookies and CSRF, the pages, a
     health        livez, readyz, health, metrics
     openapi       the description of it all, and the pages made of it
 
-Decision: the hand-out path is a plain view that reads its query by hand and sends bytes composed once per connection and
-generation, while all other API routes go through flask-smorest and marshmallow. The price is that the description of that
-one path is written by hand; schemathesis holds it to the code.
+Decision: the hand-out path reads its query by hand and sends bytes composed once per connection and generation, while all
+other API routes go through flask-smorest and marshmallow. The price is that the description of that one path is written by
+hand; schemathesis holds it to the code.
 """

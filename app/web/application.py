@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from flask import Flask
 
@@ -14,7 +14,10 @@ from app.web.arguments import LARGEST_BODY
 from app.web.connections import FORCED_PLACES
 from app.web.envelope import Envelope
 from app.web.health import READINESS, MetricsListener, Readiness
-from app.web.tokens import TokenViews
+from app.web.tokens import Shortcut, TokenViews
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
 
 __all__ = ["create_app"]
 
@@ -39,15 +42,16 @@ def create_app(services: Services) -> Flask:
     app.extensions["drawbridge"] = services
     app.extensions[FORCED_PLACES] = BoundedSemaphore(max(1, services.settings.web_threads // 8))
     app.extensions[READINESS] = Readiness(services)
-    _route(app, services)
+    tokens = TokenViews(services)
+    _route(app, tokens)
     problems.register(app)
-    _wrap(app, services)
+    _wrap(app, services, tokens)
     return app
 
 
-def _route(app: Flask, services: Services) -> None:
+def _route(app: Flask, tokens: TokenViews) -> None:
     api = openapi.begin(app)
-    TokenViews(services).register(app)
+    tokens.register(app)
     api.register_blueprint(connections.blueprint)
     api.register_blueprint(health.blueprint)
     for pages in (oauth.blueprint, connect.blueprint, admin.blueprint, openapi.blueprint):
@@ -55,9 +59,9 @@ def _route(app: Flask, services: Services) -> None:
     openapi.finish(app, api)
 
 
-def _wrap(app: Flask, services: Services) -> None:
+def _wrap(app: Flask, services: Services, tokens: TokenViews) -> None:
     settings = services.settings
-    inner = app.wsgi_app
+    inner: WSGIApplication = Shortcut(app.wsgi_app, tokens)
     if settings.metrics_bind is not None:
         inner = MetricsListener(inner, settings.metrics_bind, beside=settings.bind)
     https = settings.public_url.startswith("https://")

@@ -4,10 +4,11 @@ included, and so that the hand-out path pays for a list and not for hooks.
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
-from uuid import uuid4
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -27,6 +28,7 @@ _USUAL: Final = (
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
+_DATA: Final = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "default-src 'none'"))
 _YEAR: Final = 31_536_000
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
@@ -43,9 +45,18 @@ class Envelope:
         # nobody can list (a My Domain, a region), so the page that begins a trip cannot have it.
         self._connect = (*_USUAL, *hsts, ("Content-Security-Policy", _POLICY))
 
+        # Unique over processes and starts without asking the system for random bytes at each request.
+        self._origin = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+
+    def _headers_for(self, path: str) -> tuple[tuple[str, str], ...]:
+        if path.startswith("/v1/"):
+            return _DATA  # JSON for programs: what only holds browsers to something is left out
+        return self._connect if path.startswith("/connect/") else self._usual
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        request_id = environ[REQUEST_ID] = str(uuid4())
-        fixed = self._connect if environ.get("PATH_INFO", "").startswith("/connect/") else self._usual
+        request_id = environ[REQUEST_ID] = f"{self._origin}-{next(self._numbers):x}"
+        fixed = self._headers_for(environ.get("PATH_INFO", ""))
 
         def begin(status: str, headers: list[tuple[str, str]], exc_info: _ExcInfo | None = None) -> Any:
             return start_response(status, [*headers, *fixed, ("X-Request-ID", request_id)], exc_info)

@@ -2,31 +2,43 @@
 
 Everything here runs for every token anybody asks for. The answer's bytes are composed once for each connection and
 generation; a request adds the seconds left.
+
+Decision: a GET is answered in front of Flask, by `Shortcut`. Matching a route, making and tearing down contexts and building
+a response object take about 50 µs, more than deciding does. The price is a second place that knows the path; what fails
+there is handed to Flask, so that errors still have one place alone.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Final
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import MethodNotAllowed
 
+from app.access.callers import Caller
 from app.bootstrap import Services
 from app.broker.issue import HandOut
 from app.errors import NotFound, RefreshInProgress
-from app.web.arguments import Wishes, read_query, read_wishes, read_wishes_body
+from app.web.arguments import NAME_PATTERN, read_query, read_wishes, read_wishes_body
 from app.web.asking import client_address
 
-__all__ = ["PATH", "TokenViews"]
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["PATH", "Shortcut", "TokenViews"]
 
 PATH: Final = "/v1/connections/<name:name>/token"
+_PATH: Final = re.compile(f"/v1/connections/({NAME_PATTERN})/token")
+_FAILED: Final = "drawbridge.failed"
 _MANY: Final = 20_000  # connections whose answer is kept; about 1 KiB each
-_HEADERS: Final = [
+_HEADERS: Final = (
     ("Content-Type", "application/json"),
     ("Cache-Control", "no-store"),
     ("Pragma", "no-cache"),
-]
+)
 
 
 class TokenViews:
@@ -51,27 +63,33 @@ class TokenViews:
         if environ["REQUEST_METHOD"] != "GET":
             # HEAD would record a hand-out of which nothing arrives.
             raise MethodNotAllowed(valid_methods=["GET", "POST"])
-        caller = self._authenticate(
-            environ.get("HTTP_AUTHORIZATION"), address=client_address(environ, self._settings)
-        )
+        failed: Exception | None = environ.pop(_FAILED, None)
+        if failed is not None:
+            raise failed
+        return Response(self.answer(environ, name), headers=list(_HEADERS))
+
+    def answer(self, environ: WSGIEnvironment, name: str) -> bytes:
+        """The body for a GET; raises what went wrong."""
+        caller = self._caller(environ)
         wishes = read_wishes(environ.get("QUERY_STRING", ""))
-        token = self._issue(caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait)
-        return self._answer(token)
+        return self._body(self._issue(caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait))
 
     def post(self, name: str) -> Response:
         """The same with a JSON body, which may name a token the provider refused."""
         environ = request.environ
-        caller = self._authenticate(
-            environ.get("HTTP_AUTHORIZATION"), address=client_address(environ, self._settings)
-        )
+        caller = self._caller(environ)
         read_query(environ.get("QUERY_STRING", ""), allowed=())
-        wishes: Wishes = read_wishes_body(request.get_data(), environ.get("CONTENT_TYPE"))
+        wishes = read_wishes_body(request.get_data(), environ.get("CONTENT_TYPE"))
         token = self._issue(
             caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait, rejected=wishes.rejected
         )
-        return self._answer(token)
+        return Response(self._body(token), headers=list(_HEADERS))
 
-    def _answer(self, token: HandOut) -> Response:
+    def _caller(self, environ: WSGIEnvironment) -> Caller:
+        address = client_address(environ, self._settings)
+        return self._authenticate(environ.get("HTTP_AUTHORIZATION"), address=address)
+
+    def _body(self, token: HandOut) -> bytes:
         composed = self._composed.get(token.connection)
         if composed is None or composed[0] is not token:
             composed = self._compose(token)
@@ -79,7 +97,7 @@ class TokenViews:
         if left < 0:
             raise RefreshInProgress  # it died between the last look and this line
         _, head, tail = composed
-        return Response(b"%b%d%b" % (head, left, tail), headers=_HEADERS)
+        return b"%b%d%b" % (head, left, tail)
 
     def _compose(self, token: HandOut) -> tuple[HandOut, bytes, bytes]:
         if token.access_token is None or token.expires_at is None:
@@ -104,3 +122,22 @@ class TokenViews:
             self._composed.clear()
         composed = self._composed[token.connection] = (token, head, tail)
         return composed
+
+
+class Shortcut:
+    """A WSGI application in front of Flask's that answers GETs of tokens itself and leaves the rest to it."""
+
+    def __init__(self, app: WSGIApplication, views: TokenViews) -> None:
+        self._app = app
+        self._answer = views.answer
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "GET" and (found := _PATH.fullmatch(environ["PATH_INFO"])):
+            try:
+                body = self._answer(environ, found[1])
+            except Exception as error:  # noqa: BLE001 - the view raises it again, and `problems` answers it
+                environ[_FAILED] = error
+            else:
+                start_response("200 OK", [*_HEADERS, ("Content-Length", str(len(body)))])
+                return [body]
+        return self._app(environ, start_response)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import ssl
 import struct
@@ -356,19 +357,48 @@ def test_an_answer_given_before_the_body_was_read_counts() -> None:
         assert post(client_for(server), server).status == 503
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_an_answer_larger_than_allowed_is_unfinished(announced: bool) -> None:
-    """Memory is bounded whether or not the server says how much is coming."""
+def test_an_answer_given_before_a_reset_counts() -> None:
+    """A gateway that refuses a large body answers, then closes with most of it unread, which is a reset."""
+
+    def behave(server: RawServer, connection: socket.socket) -> None:
+        read_head(connection)
+        connection.recv(1)
+        connection.sendall(answer(b"{}", status="413 Too Large"))
+
+    with serving(behave) as server:
+        got = client_for(server).send(
+            "POST",
+            f"{server.url}/",
+            purpose=Purpose.PROVIDER,
+            deadlines=LONG,
+            body=b"x" * 20_000_000,
+        )
+    assert got.status == 413
+
+
+def test_an_answer_larger_than_allowed_is_unfinished() -> None:
+    """Memory is bounded when the server does not say how much is coming."""
 
     def behave(server: RawServer, connection: socket.socket) -> None:
         read_request(connection)
-        length = b"Content-Length: 2000\r\n" if announced else b""
-        connection.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\n" + b"x" * 2000)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 2000)
 
     with serving(behave) as server:
         with pytest.raises(Unfinished, match="oversized"):
             post(client_for(server), server, max_bytes=1999)
         assert len(post(client_for(server), server, max_bytes=2000).body) == 2000
+
+
+def test_an_answer_that_announces_too_much_is_not_waited_for() -> None:
+    """The head is enough to refuse it."""
+
+    def behave(server: RawServer, connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n")
+        server.release.wait(5)
+
+    with serving(behave) as server, pytest.raises(Unfinished, match="oversized"):
+        post(client_for(server), server, max_bytes=1999)
 
 
 # -- deadlines
@@ -874,18 +904,31 @@ def _settles_at_most(before: int) -> None:
     raise AssertionError("sockets were left open")
 
 
-def test_a_forked_child_can_send() -> None:
-    """gunicorn forks after the first request of a preloaded program; the watchdog's thread does not come
-    along.
+def test_a_child_forked_in_the_worst_moment_can_send() -> None:
+    """gunicorn forks after the first request of a preloaded program: the watchdog's thread does not come
+    along, but its lock does, and nobody is left who would release it.
     """
     with serving(lambda server, connection: _reply(connection, b"{}")) as server:
         client = client_for(server)
         get(client, server)
+        held, over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with client._watchdog._changed:
+                held.set()
+                over.wait(10)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(5)
         child = os.fork()
         if child == 0:
             try:
+                signal.alarm(10)
                 os._exit(0 if get(client, server).status == 200 else 1)
             finally:
                 os._exit(2)
         _, status = os.waitpid(child, 0)
+        over.set()
+        holder.join()
     assert os.waitstatus_to_exitcode(status) == 0
