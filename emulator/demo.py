@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import requests
@@ -46,7 +47,7 @@ class Caller:
     broker_url: str
     client_id: str
     client_secret: str
-    session: requests.Session = field(default_factory=requests.Session)
+    session: requests.Session
 
     def ask(self, name: str, *, bearer: str | None = None, **query: str) -> requests.Response:
         """Ask for a token by Basic, or by a Bearer token of the broker's own."""
@@ -173,26 +174,25 @@ class Tour:
         self._browser.submit(f"/connect/{provider}")
         passed = self._browser.visited
         self._browser.submit("", decision="approve")
-        shown = self._stage.command("connection", "show", name)
-        _insist(shown["state"] == "healthy", f"{name} is {shown['state']} after connecting")
-        account = f"{name} is account {shown['account_id']}, its token lives until {shown['expires_at']}"
-        self._tell(
-            f"{provider} is connected through its own consent page", *passed, *self._browser.visited, account
-        )
+        _insist(name in self._browser.page, f"the page after connecting does not name {name}")
+        self._tell(f"{provider} is connected through its own consent page", *passed, *self._browser.visited)
 
     def _make_callers(self) -> tuple[Caller, Caller]:
-        made = []
-        for name, pattern in (("apex", "acme-*"), ("workflow", _SALESFORCE)):
-            added = self._stage.command("caller", "add", name, "--allow", f"token:issue@{pattern}")
-            made.append(Caller(self._stage.broker_url, added["client_id"], added["client_secret"]))
+        wanted = (("apex", "acme-*"), ("workflow", _SALESFORCE))
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            apex, workflow = pool.map(lambda one: self._make_caller(*one), wanted)
         self._tell(
             "Two callers were made",
             "apex may have tokens of acme-*",
             f"workflow may have those of {_SALESFORCE}",
         )
-        for caller in made:
-            caller.session.trust_env = False
-        return made[0], made[1]
+        return apex, workflow
+
+    def _make_caller(self, name: str, pattern: str) -> Caller:
+        added = self._stage.command("caller", "add", name, "--allow", f"token:issue@{pattern}")
+        session = requests.Session()
+        session.trust_env = False  # a proxy of the machine's owner knows nothing of this loopback
+        return Caller(self._stage.broker_url, added["client_id"], added["client_secret"], session)
 
     def _fetch(self, apex: Caller, workflow: Caller) -> dict[str, dict[str, Any]]:
         by_basic = apex.token(_HUBSPOT)
@@ -230,9 +230,6 @@ class Tour:
     def _cut_off(self, watcher: Watcher) -> None:
         hubspot = self._control.hubspot
         seen = len(hubspot.requests())
-        # From just after a refresh: then the outage meets the next one, and the token outlives what is shown.
-        reached = max(watcher.generations)
-        _until(lambda: max(watcher.generations) > reached, "the next refresh")
         asked, generation = watcher.asked, max(watcher.generations)
         fault = hubspot.misbehave("status", status=503)
         _until(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -170,7 +171,12 @@ class World:
 
     def grant_of(self, connection: Connection) -> GrantTruth:
         """The vendor's newest grant of this account."""
-        return self.vendor(connection.provider).grants(account=connection.account_id)[-1]
+        control = self.made.emulator.control
+        return control.grants(vendor=connection.provider, account=connection.account_id)[-1]
+
+    def revoke_upstream(self, connection: Connection, *, access_tokens: bool = True) -> None:
+        """Have the vendor revoke the account's grant, as its owner would."""
+        self.made.emulator.control.revoke(self.grant_of(connection).id, access_tokens=access_tokens)
 
     def refreshes(self, provider: str, connection: Connection | None = None) -> list[SeenRequest]:
         """The refresh requests the vendor has seen, of one account or all, since the test began."""
@@ -263,6 +269,14 @@ def import_line(provider: str, grant: Minted, *, living: bool, **changes: object
     if provider == "salesforce":
         line["instance_url"] = grant.instance_url
     return json.dumps(line | changes)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Return as soon as something has happened."""
+    give_up = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.01)
 
 
 def together(count: int, work: Callable[[int], T]) -> list[T]:

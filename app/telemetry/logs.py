@@ -10,15 +10,15 @@ A line that cannot be written is dropped and counted. Nothing here raises into t
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
 import warnings
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, TextIO
-
-import structlog
 
 from app.telemetry.events import REGISTER, Event, Spec
 from app.telemetry.redaction import fault, presentable, scrub
@@ -33,30 +33,26 @@ _LEVELS: Final[Mapping[str, int]] = {
 }
 
 _Line = dict[str, Any]
+_render: Final = json.JSONEncoder(default=lambda value: f"<{type(value).__name__}>").encode
 
 
 class _Stream:
     """Where lines go and from which level on; one per process, replaced as a whole by `configure()`."""
 
-    __slots__ = ("_lock", "_out", "lost", "render", "threshold")
+    __slots__ = ("_lock", "_out", "lost", "threshold")
 
     def __init__(self, out: TextIO | None, threshold: int) -> None:
         self._out = out
         self._lock = threading.Lock()
         self.threshold = threshold
         self.lost = 0
-        self.render = (
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-            structlog.processors.JSONRenderer(
-                ensure_ascii=True, default=lambda value: f"<{type(value).__name__}>"
-            ),
-        )
 
     def write(self, line: _Line) -> None:
         """Write one line whole; a closed or full stream costs the line, not the program."""
         try:
-            stamp, render = self.render
-            text = str(render(None, "", stamp(None, "", line)))
+            # The machine's own time, not the database's: a log is compared with the logs of the same machine.
+            line["time"] = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+            text = _render(line)
             out = self._out or sys.stderr
             with self._lock:
                 out.write(f"{text}\n")

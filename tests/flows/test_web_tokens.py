@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from app.access.permissions import Permission
 from app.broker.connection import AdminState, Health
 from app.errors import (
     AccountMismatch,
@@ -20,6 +21,7 @@ from app.errors import (
     ProviderUnavailable,
     RefreshHeld,
 )
+from app.secret import Secret
 from tests.web_stage import SECRET, Stage
 
 TOKEN = "/v1/connections/{}/token"
@@ -98,8 +100,6 @@ def test_expires_in_counts_down(stage: Stage, path: str) -> None:
 
 def test_a_refused_token_is_refreshed_away_once(stage: Stage, path: str) -> None:
     """`rejected` brings another token; said again of the old one it brings the same; twice in 30 seconds it is 503."""
-    from app.secret import Secret
-
     old = stage.ask(path).json["access_token"]
     digest = Secret(old).sha256()
     new = stage.ask(path, method="POST", json={"rejected": digest}).json
@@ -192,8 +192,6 @@ def test_an_unknown_connection_is_404(stage: Stage) -> None:
 
 def test_taking_permission_caller_or_connection_away_acts_at_once(stage: Stage, path: str) -> None:
     """No later than one second, and here at once, because the change was made in this process."""
-    from app.access.permissions import Permission
-
     stage.add_caller("passing", "token:issue@*")
     assert stage.ask(path, caller="passing").status == 200
     stage.services.callers.deny("passing", Permission.parse("token:issue@*"))
@@ -280,7 +278,7 @@ def test_a_caller_that_will_not_wait_is_told_to_come_back(stage: Stage, path: st
     ],
 )
 def test_each_error_has_its_status_and_code_on_the_wire(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, error: DrawbridgeError, status: int, code: str
+    stage: Stage, error: DrawbridgeError, status: int, code: str
 ) -> None:
     """One body for all: type, title, status, detail, instance, code, hint, retryable."""
     stage.app.view_functions["docs.show_docs"] = _raising(error)
