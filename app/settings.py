@@ -30,6 +30,7 @@ from app.secret import Secret
 
 __all__ = ["LEASE_MARGIN", "PREFIX", "Row", "Settings", "load", "table"]
 
+_ROOT: Final = Path(__file__).resolve().parent.parent
 PREFIX: Final = "DRAWBRIDGE_"
 
 LEASE_MARGIN: Final = 10.0
@@ -57,6 +58,7 @@ class Settings:
     bind: str
     environment: Literal["development", "production"]
     keyring: Secret | None
+    keyring_file: Path | None  # where it came from, if from a file: `keys add` writes there, and changes are noticed
     hubspot_client_id: str | None
     hubspot_client_secret: tuple[Secret, ...]
     hubspot_app_id: str | None
@@ -117,7 +119,20 @@ def load(environ: Mapping[str, str], *, config_file: Path | None) -> Settings:
         raise ConfigurationFault(list(dict.fromkeys(told.faults)))
     if values["public_url"] is None:
         values["public_url"] = _own_url(values["bind"])
-    return Settings(**values)
+    values["state_dir"] = _anchored(values["state_dir"])
+    values["database_url"] = _anchored_url(values["database_url"])
+    file = environ.get(f"{PREFIX}KEYRING{_FILE}")
+    return Settings(**values, keyring_file=Path(file).absolute() if file else None)
+
+
+def _anchored(path: Path) -> Path:
+    """A relative path counts from the project's folder, so that every command finds the same data wherever it is run."""
+    return _ROOT / path
+
+
+def _anchored_url(url: str) -> str:
+    scheme, _, path = url.partition("sqlite:///")
+    return f"sqlite:///{_ROOT / path}" if not scheme and path else url
 
 
 def _own_url(bind: str) -> str:

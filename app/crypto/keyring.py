@@ -93,9 +93,17 @@ class Keyring:
     one `KeyringFault`.
     """
 
-    def __init__(self, content: _Content, *, file: Path | None = None, seen: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        content: _Content,
+        *,
+        file: Path | None = None,
+        seen: tuple[int, ...] = (),
+        private: bool = True,
+    ) -> None:
         self._content = content
         self._seen = seen
+        self._private = private
         self.file = file
 
     @classmethod
@@ -104,6 +112,8 @@ class Keyring:
 
         Raises `KeyringFault`; always in production without one, for an invented key would die with its disk.
         """
+        if settings.keyring_file is not None:
+            return cls.from_file(settings.keyring_file, private=False)
         if settings.keyring is not None:
             return cls.from_text(settings.keyring)
         if settings.environment == "production":
@@ -121,10 +131,14 @@ class Keyring:
         return cls(_parse(text.reveal()))
 
     @classmethod
-    def from_file(cls, file: Path) -> Self:
-        """Read a keyring from a file that nobody but its owner may read. Raises `KeyringFault`."""
-        text, seen = _read_file(file)
-        return cls(_parse(text), file=file, seen=seen)
+    def from_file(cls, file: Path, *, private: bool = True) -> Self:
+        """Read a keyring from a file. Raises `KeyringFault`.
+
+        One of our own making nobody but its owner may read. Who may read a file the operator names is the operator's
+        to say: container platforms mount secrets readable by every user of the container.
+        """
+        text, seen = _read_file(file, private=private)
+        return cls(_parse(text), file=file, seen=seen, private=private)
 
     @property
     def active_hint(self) -> str:
@@ -149,7 +163,7 @@ class Keyring:
         """Read the file again if it has changed, and tell whether it had. Raises `KeyringFault`."""
         if self.file is None or _identity_of(self.file) in (None, self._seen):
             return False
-        text, seen = _read_file(self.file)
+        text, seen = _read_file(self.file, private=self._private)
         self._content, self._seen = _parse(text), seen
         return True
 
@@ -163,7 +177,7 @@ class Keyring:
             raise KeyringFault("The keyring comes from the environment: add the key there and start again.")
         try:
             with _alone_in(self.file.parent):
-                name = _add_to(self.file, taken)
+                name = _add_to(self.file, taken, private=self._private)
         except OSError as error:
             raise KeyringFault(
                 f"The keyring file {self.file} cannot be changed: {error.strerror}."
@@ -244,13 +258,13 @@ def _repetitions(keys: _Pairs) -> Iterator[str]:
         yield "two names in the keyring have the same key"
 
 
-def _read_file(file: Path) -> tuple[str, tuple[int, ...]]:
+def _read_file(file: Path, *, private: bool) -> tuple[str, tuple[int, ...]]:
     try:
         with file.open(encoding="utf-8") as opened:
             status = os.fstat(
                 opened.fileno()
             )  # of what was opened, not of what the name means a moment later
-            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            if private and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
                 raise KeyringFault(
                     f"The keyring file {file} is open to other users (mode "
                     f"{stat.S_IMODE(status.st_mode):04o}): run chmod 600 on it; if it was read, rotate."
@@ -273,8 +287,8 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _add_to(file: Path, taken: Collection[str]) -> str:
-    text, _ = _read_file(file)
+def _add_to(file: Path, taken: Collection[str], *, private: bool) -> str:
+    text, _ = _read_file(file, private=private)
     name = _next_name({*_parse(text).keks, *taken})
     document: dict[str, Any] = json.loads(text)
     document["keys"][name] = _new_key()

@@ -107,9 +107,11 @@ def read_query(query: str, *, allowed: Collection[str] | None) -> dict[str, str]
 
 def read_form(body: bytes, content_type: str | None, *, allowed: Collection[str]) -> dict[str, str]:
     """The fields of an HTML form, each at most once."""
+    if not body:
+        return {}
     if (content_type or "").partition(";")[0].strip().lower() != _FORM:
         raise UnsupportedMediaType(f"The body must be {_FORM}.")
-    return _pairs(body.decode("latin-1"), allowed=allowed, what="field") if body else {}
+    return _pairs(body.decode("latin-1"), allowed=allowed, what="field")
 
 
 def read_json(body: bytes, content_type: str | None, *, allowed: Collection[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Chosen:
     state_dir: Path
     environment: str = "development"
     keyring: Secret | None = None
+    keyring_file: Path | None = None
 
 
 def load(chosen: Chosen) -> Keyring:
@@ -190,7 +191,8 @@ from app.crypto.envelope import Place, seal
 from app.crypto.keyring import Keyring
 print("ready", flush=True)
 sys.stdin.readline()
-keyring = Keyring.load(SimpleNamespace(keyring=None, environment="development", state_dir=Path(sys.argv[1])))
+settings = dict(keyring=None, keyring_file=None, environment="development", state_dir=Path(sys.argv[1]))
+keyring = Keyring.load(SimpleNamespace(**settings))
 print(seal(b"", Place("t", "c", "r"), kek=keyring.get("k1"), random=bytes).hex())
 """
 

@@ -1,0 +1,186 @@
+"""Liveness, readiness, health, metrics, and what every answer carries."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from app.errors import DatabaseUnavailable
+from app.settings import load
+from app.web.asking import client_address
+from emulator import Emulator
+from tests.web_stage import PUBLIC_URL, Stage, environment, staged
+
+
+def _take_away(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the database be gone for the rest of the test."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(stage.services.database, "read", gone)
+    monkeypatch.setattr(stage.services.database, "write", gone)
+
+
+def test_live_and_ready_say_nothing_but_yes(either_stage: Stage) -> None:
+    """200 without a body, for anybody."""
+    for path in ("/livez", "/readyz"):
+        answer = either_stage.ask(path, caller=None)
+        assert (answer.status, answer.text) == (200, "")
+
+
+def test_ready_outlives_the_database_for_the_grace(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 while living tokens are handed out, 503 with Retry-After afterwards; the process lives on."""
+    name = stage.connect(account="101").name
+    token = f"/v1/connections/{name}/token"
+    assert stage.ask(token).status == 200
+    assert stage.ask("/readyz").status == 200
+    _take_away(stage, monkeypatch)
+    stage.clock.jump(30)
+    assert stage.ask("/readyz").status == 200
+    assert stage.ask(token).status == 200
+    stage.clock.jump(31)
+    gone = stage.ask("/readyz", caller=None)
+    assert (gone.status, gone.text) == (503, "")
+    assert int(gone.raw.headers["Retry-After"]) >= 1
+    refused = stage.ask(token)
+    assert (refused.status, refused.code) == (503, "overloaded")
+    assert stage.ask("/livez").status == 200
+
+
+def test_ready_needs_the_keys_that_open_the_data(stage: Stage) -> None:
+    """A KEK the keyring lacks makes it 503 once keys have changed."""
+    assert stage.ask("/readyz").status == 200
+    from datetime import UTC, datetime
+
+    import sqlalchemy as sa
+
+    from app.db.epoch import bump
+    from app.db.schema import keks
+
+    with stage.services.database.write() as transaction:
+        bump(transaction, "access")
+        transaction.execute(
+            sa.insert(keks).values(id="foreign", canary=b"nonsense", created_at=datetime.now(UTC))
+        )
+    stage.clock.jump(1)
+    assert stage.ask("/readyz").status == 503
+
+
+def test_health_is_for_admins_and_readers(stage: Stage) -> None:
+    """Others get 401 or 403; nothing in it names an account or a connection."""
+    stage.connect(account="101", name="acme")
+    stage.add_caller("issuer", "token:issue@*")
+    assert stage.ask("/health", caller=None).code == "unauthenticated"
+    assert stage.ask("/health", caller="issuer").code == "forbidden"
+    answer = stage.ask("/health")
+    assert answer.raw.mimetype == "application/health+json"
+    assert stage.signed_in().get("/health").status_code == 200
+    checks = answer.json["checks"]
+    assert set(checks) == {"database", "processes", "worker", "connections", "findings", "refreshing", "audit"}
+    assert checks["connections"] == [
+        {
+            "componentType": "hubspot",
+            "componentId": "healthy",
+            "observedValue": 1,
+            "observedUnit": "connections",
+            "status": "pass",
+        }
+    ]
+    assert "acme" not in answer.text
+    assert '"101"' not in answer.text
+
+
+def test_health_warns_of_a_wrong_clock(stage: Stage) -> None:
+    """More than five seconds beside the database's."""
+    stage.services.clock._offset = 7.0
+    stage.services.presence.beat()
+    report = stage.ask("/health").json
+    assert report["checks"]["processes"][0]["status"] == "warn"
+    assert report["status"] == "warn"
+
+
+def test_health_fails_when_the_database_is_gone_for_good(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An admin's session cannot be looked up either then, but a known caller still learns it during the grace."""
+    assert stage.ask("/health").status == 200
+    stage.ask("/readyz")
+    _take_away(stage, monkeypatch)
+    stage.clock.jump(10)
+    report = stage.ask("/health")
+    assert (report.status, report.json["status"]) == (200, "warn")
+
+
+def test_metrics_are_there_only_for_their_token(vendors: Emulator, tmp_path: object) -> None:
+    """404 where no token is set; 401 with another; the text format with the right one."""
+    from pathlib import Path
+
+    folder = Path(str(tmp_path))
+    with staged(vendors, f"sqlite:///{folder}/a.db", folder / "a") as closed:
+        assert closed.ask("/metrics").status == 404
+    token = "a-long-enough-metrics-token"
+    url = f"sqlite:///{folder}/b.db"
+    with staged(vendors, url, folder / "b", METRICS_TOKEN=token) as stage:
+        assert stage.ask("/metrics").status == 401
+        answer = stage.ask("/metrics", headers={"Authorization": f"Bearer {token}"})
+        assert answer.status == 200
+        assert "drawbridge_" in answer.text
+
+
+def test_every_answer_carries_an_id_and_the_headers(stage: Stage) -> None:
+    """Also errors, files and answers before any route; the id is never the client's."""
+    ids = set()
+    for path in ("/livez", "/nothing", "/v1/connections", "/static/drawbridge.css", "/docs", "/oauth/jwks"):
+        answer = stage.ask(path, caller=None, headers={"X-Request-ID": "mine"})
+        headers = answer.raw.headers
+        ids.add(headers["X-Request-ID"])
+        for name in ("X-Content-Type-Options", "Content-Security-Policy", "Referrer-Policy", "X-Frame-Options"):
+            assert len(headers.getlist(name)) == 1
+    assert len(ids) == 6
+    assert "mine" not in ids
+
+
+def test_too_large_a_body_is_413_everywhere(stage: Stage) -> None:
+    """Each in the shape of its path."""
+    body = b"a=" + b"x" * 70_000
+    form = "application/x-www-form-urlencoded"
+    assert stage.ask("/oauth/token", method="POST", data=body, content_type=form).json["error"] == "invalid_request"
+    for path in ("/oauth/token", "/admin/login", "/connect/hubspot"):
+        assert stage.ask(path, method="POST", data=body, content_type=form).status == 413
+
+
+def test_a_second_spelling_of_a_path_is_no_path(stage: Stage) -> None:
+    """Neither doubled nor trailing slashes, nor other letters, lead anywhere."""
+    for path in ("//v1/connections", "/v1//connections", "/v1/connections/", "/V1/connections", "/livez/", "/admin/"):
+        assert stage.ask(path).status == 404, path
+
+
+@pytest.mark.parametrize(
+    ("trusted", "peer", "forwarded", "seen"),
+    [
+        ("", "192.0.2.1", "203.0.113.9", "192.0.2.1"),
+        ("10.0.0.0/8", "192.0.2.1", "203.0.113.9", "192.0.2.1"),
+        ("10.0.0.0/8", "10.0.0.1", "203.0.113.9", "203.0.113.9"),
+        ("10.0.0.0/8", "10.0.0.1", "6.6.6.6, 203.0.113.9", "203.0.113.9"),
+        ("10.0.0.0/8", "10.0.0.1", "6.6.6.6, 203.0.113.9, 10.1.1.1", "203.0.113.9"),
+        ("10.0.0.0/8", "::ffff:10.0.0.1", "203.0.113.9:4711", "203.0.113.9"),
+        ("10.0.0.0/8", "10.0.0.1", "[2001:db8::1]:443", "2001:db8::1"),
+        ("10.0.0.0/8", "10.0.0.1", "", "10.0.0.1"),
+        ("10.0.0.0/8", "10.0.0.1", "10.2.2.2", "10.2.2.2"),
+        ("10.0.0.0/8", "10.0.0.1", "rubbish", "rubbish"),
+    ],
+)
+def test_the_client_is_the_right_most_that_is_no_trusted_proxy(
+    vendors: Emulator, tmp_path: object, trusted: str, peer: str, forwarded: str, seen: str
+) -> None:
+    """What stands further left was written by the client; without trusted proxies nothing is believed."""
+    from pathlib import Path
+
+    given = environment(vendors, "sqlite:////tmp/none.db", Path(str(tmp_path)), TRUSTED_PROXIES=trusted)
+    settings = load(given, config_file=None)
+    assert settings.public_url == PUBLIC_URL
+    assert os.environ.get("DRAWBRIDGE_TRUSTED_PROXIES") is None
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": forwarded}
+    assert client_address(environ, settings) == seen
