@@ -23,7 +23,7 @@ import sqlalchemy as sa
 
 from app.access.callers import Caller
 from app.access.permissions import Permission
-from app.bootstrap import Services
+from app.bootstrap import Services, prepare_database
 from app.broker import findings
 from app.broker.connection import Connection
 from app.broker.issue import HandOut
@@ -43,10 +43,11 @@ T = TypeVar("T")
 
 # `db_now` asks for clock_timestamp() without a schema; ours is found before PostgreSQL's.
 _SHIFTED_POSTGRESQL = """
-CREATE TABLE public.clock_shift (seconds double precision NOT NULL);
-INSERT INTO public.clock_shift VALUES (0);
-CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
-$$ SELECT pg_catalog.clock_timestamp() + (SELECT seconds FROM public.clock_shift) * interval '1 second' $$;
+CREATE SCHEMA shifted;
+CREATE TABLE shifted.clock_shift (seconds double precision NOT NULL);
+INSERT INTO shifted.clock_shift VALUES (0);
+CREATE FUNCTION shifted.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+$$ SELECT pg_catalog.clock_timestamp() + (SELECT seconds FROM shifted.clock_shift) * interval '1 second' $$;
 """
 
 
@@ -119,7 +120,7 @@ class World:
         if self.one.database.dialect == "postgresql":
             url = self.made.database_url.replace("postgresql+psycopg", "postgresql")
             with psycopg.connect(url, autocommit=True) as connection:
-                connection.execute("UPDATE public.clock_shift SET seconds = %s", (self.shift.seconds,))
+                connection.execute("UPDATE shifted.clock_shift SET seconds = %s", (self.shift.seconds,))
         for host in self.hosts:
             host.database.sample_clock()
 
@@ -221,19 +222,24 @@ class World:
 @contextmanager
 def world(database_url: str, directory: Path, **environ: str) -> Iterator[World]:
     """A world with two hosts; leases of 12 s, a second for each request to a provider unless `environ` says otherwise."""
-    shift = Shift()
-    if database_url.startswith("postgresql"):
-        url = database_url.replace("postgresql+psycopg", "postgresql")
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute(_SHIFTED_POSTGRESQL)
-            name = connection.info.dbname
-            connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
     settings = {"LEASE_SECONDS": str(LEASE), "PROVIDER_TIMEOUT_SECONDS": "1", "WEB_THREADS": "64"} | environ
     with installation(database_url, directory, **settings) as made:
-        opened = World(made, shift)
+        prepare_database(made.settings())
+        if database_url.startswith("postgresql"):
+            _shift_postgresql(database_url)
+        opened = World(made, Shift())
         opened.host()
         opened.host()
         yield opened
+
+
+def _shift_postgresql(database_url: str) -> None:
+    """Let this one database's clock be moved."""
+    url = database_url.replace("postgresql+psycopg", "postgresql")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(_SHIFTED_POSTGRESQL)
+        name = connection.info.dbname
+        connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, shifted, pg_catalog')
 
 
 def connect_account(

@@ -89,7 +89,7 @@ class Stage:
         sent = dict(headers or {})
         if caller is not None and "Authorization" not in sent:
             sent["Authorization"] = self.basic(caller)
-        return Answer(self.client().open(path, method=method, headers=sent, **more))
+        return Answer(self.client().open(path, method=method, headers=sent, buffered=True, **more))
 
     def basic(self, caller: str) -> str:
         """The Authorization header of a caller made by `add_caller`."""
@@ -139,10 +139,10 @@ class Stage:
 
     def approve(self, provider: str, location: str, **choice: Any) -> str:
         """Give (or with approve=False refuse) consent; the callback's path and query."""
-        consent = self.emulator.control.vendor(provider).consent(location, **choice)
+        consent = getattr(self.emulator.control, provider).consent(location, **choice)
         assert consent.location is not None, consent.body
         assert consent.location.startswith(PUBLIC_URL)
-        return consent.location.removeprefix(PUBLIC_URL)
+        return str(consent.location.removeprefix(PUBLIC_URL))
 
 
 def environment(emulator: Emulator, database_url: str, state_dir: Path, **more: str) -> dict[str, str]:

@@ -286,14 +286,15 @@ class Trail:
             chain = self._chain = self._new_chain()
         tickets: list[_Ticket] = []
         rows: list[Row] = []
+
+        def collect() -> list[Row]:
+            tickets.extend(self._take())
+            rows.extend(self._rows(chain, tickets))
+            return rows
+
         try:
             if chain.away_since is None:
-                with self._database.write() as connection:
-                    tickets = (
-                        self._take()
-                    )  # only now: whoever came while we waited for the lock is in this commit
-                    rows = self._rows(chain, tickets)
-                    self._ledger.add(connection, chain.writer, before=chain.n, rows=rows)
+                self._ledger.append(chain.writer, before=chain.n, rows=collect)
                 chain.advance(rows)
                 _settle(tickets, None)
                 return

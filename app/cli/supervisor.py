@@ -69,18 +69,24 @@ class Supervisor:
 
         `ready` is called once, when something answers on `bind`.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._end(failed=not self._watch(bind, ready))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _watch(self, bind: str, ready: Callable[[], None]) -> bool:
+        """Keep the children running until asked to stop; false when one of them cannot be kept."""
         told = False
         while not self._stopping:
             if not all(self._keep(child) for child in self._children):
-                self._end()
-                return 1
+                return False
             if not told and _answers(bind):
                 told = True
                 ready()
             self._clock.sleep(_POLL)
-        return self._end()
+        return True
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -115,15 +121,14 @@ class Supervisor:
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - this process has one thread
         )
 
-    def _end(self) -> int:
-        """Ask all children to finish and wait for them; how that went as an exit code."""
-        self._stopping = True
+    def _end(self, *, failed: bool) -> int:
+        """Ask all children to finish and wait for them; how it all went as an exit code."""
         running = [child for child in self._children if child.process is not None]
         for child in running:
             assert child.process is not None
             child.process.send_signal(signal.SIGTERM)
         give_up = self._clock.elapsed() + self._patience
-        return max((self._wait(child, give_up) for child in running), default=0)
+        return max((self._wait(child, give_up) for child in running), default=0) or int(failed)
 
     def _wait(self, child: _Child, give_up: float) -> int:
         assert child.process is not None
@@ -134,7 +139,8 @@ class Supervisor:
                 child.process.wait()
                 return 1
             self._clock.sleep(_POLL / 4)
-        return 0 if child.process.returncode == 0 else 1
+        # One that was just starting had not learned yet to finish in order, and began nothing.
+        return 0 if child.process.returncode in (0, -signal.SIGTERM) else 1
 
 
 def _answers(bind: str) -> bool:

@@ -30,7 +30,8 @@ def create_app(services: Services) -> Flask:
         "app.web", static_folder="static", template_folder="templates", root_path=str(Path(__file__).parent)
     )
     app.config.update(
-        MAX_CONTENT_LENGTH=LARGEST_BODY,
+        # One more than is taken: werkzeug cuts a chunked body off here without a word, and whoever reads it sees that.
+        MAX_CONTENT_LENGTH=LARGEST_BODY + 1,
         MAX_FORM_MEMORY_SIZE=LARGEST_BODY,
         PROVIDE_AUTOMATIC_OPTIONS=False,  # nothing here is for pages of other origins
         PROPAGATE_EXCEPTIONS=False,

@@ -107,6 +107,7 @@ def read_query(query: str, *, allowed: Collection[str] | None) -> dict[str, str]
 
 def read_form(body: bytes, content_type: str | None, *, allowed: Collection[str]) -> dict[str, str]:
     """The fields of an HTML form, each at most once."""
+    _check_size(body)
     if not body:
         return {}
     if (content_type or "").partition(";")[0].strip().lower() != _FORM:
@@ -118,8 +119,7 @@ def read_json(body: bytes, content_type: str | None, *, allowed: Collection[str]
     """A JSON object in UTF-8 with none but the allowed members, each at most once (RFC 8259 leaves repeats open)."""
     if _MEDIA_TYPE.fullmatch(content_type or "") is None:
         raise UnsupportedMediaType("The body must be application/json.")
-    if len(body) > LARGEST_BODY:
-        raise TooLarge(f"The body may have at most {LARGEST_BODY} bytes.")
+    _check_size(body)
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
     except InvalidRequest:
@@ -132,6 +132,11 @@ def read_json(body: bytes, content_type: str | None, *, allowed: Collection[str]
     if unknown:
         raise InvalidRequest(f"The body has a member that is not known; known are: {', '.join(allowed)}.")
     return value
+
+
+def _check_size(body: bytes) -> None:
+    if len(body) > LARGEST_BODY:
+        raise TooLarge(f"The body may have at most {LARGEST_BODY} bytes.")
 
 
 def _pairs(text: str, *, allowed: Collection[str] | None, what: str) -> dict[str, str]:

@@ -181,7 +181,7 @@ _SCHEMAS: Final[Mapping[str, dict[str, Any]]] = {
             "instance": {
                 "type": "string",
                 "format": "uri-reference",
-                "description": "Also sent as X-Request-ID.",
+                "description": "The path, and the X-Request-ID behind #.",
             },
             "code": {"type": "string", "enum": list(_CODES)},
             "hint": {"type": "string", "description": "Who can do what about it."},

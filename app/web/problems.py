@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
+from urllib.parse import quote
 
 from flask import Flask, Response, render_template, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
@@ -182,7 +183,8 @@ def _as_problem(problem: Problem) -> Response:
         "title": problem.title,
         "status": problem.status,
         "detail": problem.detail,
-        "instance": f"urn:uuid:{request.environ.get(REQUEST_ID, '')}",
+        # A reference that names this very request; what stands behind the path is the log's affair.
+        "instance": f"{quote(request.path)}#{request.environ.get(REQUEST_ID, '')}",
         "code": problem.code,
         "hint": problem.hint,
         "retryable": problem.retryable,

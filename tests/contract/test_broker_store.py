@@ -26,6 +26,7 @@ from app.db.schema import apps, connections
 from app.errors import InvalidRequest, NotFound, Unopenable
 from app.secret import Secret
 from tests.broker_world import together
+from tests.postgres import ExternalServer, PostgresServer
 
 KEYRING = '{"active":"k1","keys":{"k1":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="}}'
 APP = "a" * 32
@@ -94,12 +95,19 @@ def tokens(number: int) -> Tokens:
     return Tokens(access_token=Secret(f"access-{number}"), refresh_token=Secret(f"refresh-{number}"))
 
 
-@pytest.fixture
-def hosts(database_url: str, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    """Two hosts on one migrated database."""
-    opened = [open_host(database_url, tmp_path / name) for name in ("one", "two")]
-    migrate(opened[0].database, opened[0].database)
-    with opened[0].database.write() as transaction:
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def standing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Host, Host]]:
+    """Two hosts on one migrated database of each kind, for all tests of this file."""
+    directory: Path = tmp_path_factory.mktemp("store")
+    url = f"sqlite:///{directory / 'drawbridge.db'}"
+    if request.param == "postgresql":
+        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
+        url = server.create_database()
+    one, two = (open_host(url, directory / name) for name in ("one", "two"))
+    migrate(one.database, one.database)
+    with one.database.write() as transaction:
         transaction.execute(
             sa.insert(apps).values(
                 id=APP,
@@ -110,13 +118,21 @@ def hosts(database_url: str, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
                 scopes=[],
                 optional_scopes=[],
                 options={},
-                created_at=opened[0].clock.now(),
+                created_at=one.clock.now(),
                 version=1,
             )
         )
-    yield opened[0], opened[1]
-    for host in opened:
+    yield one, two
+    for host in (one, two):
         host.database.dispose()
+
+
+@pytest.fixture
+def hosts(standing: tuple[Host, Host]) -> tuple[Host, Host]:
+    """The two hosts, and no connection yet."""
+    with standing[0].database.write() as transaction:
+        transaction.execute(sa.delete(connections))
+    return standing
 
 
 def open_host(url: str, state_dir: Path) -> Host:

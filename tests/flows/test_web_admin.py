@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -75,7 +76,15 @@ def test_a_session_ends_with_signing_out_and_with_idleness(stage: Stage) -> None
 def test_the_page_shows_each_connection_and_what_can_be_done(stage: Stage, acme: str) -> None:
     """Name, provider, account, state, expiry, and the buttons with the name in their label."""
     page = Answer(stage.signed_in().get("/admin"))
-    for word in ("acme", "hubspot/default", "101", "healthy", "Refresh acme", "Disable acme", "Disconnect acme"):
+    for word in (
+        "acme",
+        "hubspot/default",
+        "101",
+        "healthy",
+        "Refresh acme",
+        "Disable acme",
+        "Disconnect acme",
+    ):
         assert word in page.text
     assert "/connect/hubspot?connection=acme" in page.text
     assert re.search(r'<form method="get" action="/connect/salesforce"', page.text)
@@ -84,7 +93,14 @@ def test_the_page_shows_each_connection_and_what_can_be_done(stage: Stage, acme:
 def test_no_page_holds_a_script_or_a_style_of_its_own(stage: Stage, acme: str) -> None:
     """The policy forbids both, so a page with one would not work."""
     browser = stage.signed_in()
-    paths = ("/admin", "/admin/login", f"/admin/connections/{acme}/disconnect", "/connect/hubspot", "/docs", "/problems")
+    paths = (
+        "/admin",
+        "/admin/login",
+        f"/admin/connections/{acme}/disconnect",
+        "/connect/hubspot",
+        "/docs",
+        "/problems",
+    )
     for path in paths:
         page = Answer(browser.get(path, follow_redirects=True))
         assert page.status == 200
@@ -112,7 +128,10 @@ def test_the_buttons_do_what_they_say(stage: Stage, acme: str) -> None:
         assert stage.services.store.named(acme).state == state
         assert said in Answer(browser.get(answer.headers["Location"])).text
     assert stage.services.store.named(acme).generation == 2
-    actors = {row.actor for row in stage.services.trail.search(target=acme, action="broker:connection:disabled").rows}
+    actors = {
+        row.actor
+        for row in stage.services.trail.search(target=acme, action="broker:connection:disabled").rows
+    }
     assert actors == {"admin:session"}
 
 
@@ -133,7 +152,11 @@ def test_no_form_can_be_forged(stage: Stage, acme: str) -> None:
     browser, other = stage.signed_in(), stage.signed_in()
     csrf = Answer(browser.get("/admin")).hidden("csrf")
     foreign = Answer(other.get("/admin")).hidden("csrf")
-    for path in ("/admin/logout", f"/admin/connections/{acme}/disable", f"/admin/connections/{acme}/disconnect"):
+    for path in (
+        "/admin/logout",
+        f"/admin/connections/{acme}/disable",
+        f"/admin/connections/{acme}/disconnect",
+    ):
         assert browser.post(path, data={"confirm": acme}).status_code in (400, 403)
         assert browser.post(path, data={"csrf": foreign}).status_code == 403
         assert stage.client().post(path, data={"csrf": csrf}).status_code == 401
@@ -154,15 +177,13 @@ def test_the_page_says_nothing_a_link_puts_into_its_mouth(stage: Stage, acme: st
 
 def test_many_connections_are_paged(stage: Stage) -> None:
     """A hundred on a page, the rest behind a link."""
-    control = stage.emulator.control.hubspot
-    lines = []
-    for minted in control.grant_many("hub-client", 101):
-        lines.append(
+    lines = [
+        json.dumps(
             {"provider": "hubspot", "account_id": minted.account, "refresh_token": minted.refresh_token}
         )
-    import json
-
-    list(stage.services.transfer.import_lines([json.dumps(line) for line in lines]))
+        for minted in stage.emulator.control.hubspot.grant_many("hub-client", 101)
+    ]
+    assert {imported.outcome for imported in stage.services.transfer.import_lines(lines)} == {"added"}
     page = Answer(stage.signed_in().get("/admin"))
     assert page.text.count('scope="row"') == 100
     assert "Next page" in page.text

@@ -98,7 +98,11 @@ def test_a_forged_start_is_refused(stage: Stage) -> None:
     good = {"csrf": page.hidden("csrf")}
     assert browser.post("/connect/hubspot", data={}).status_code == 403
     assert browser.post("/connect/hubspot", data={"csrf": "0" * 64}).status_code == 403
-    foreign = [{"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}]
+    foreign = [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://evil.example"},
+    ]
     for headers in foreign:
         assert browser.post("/connect/hubspot", data=good, headers=headers).status_code == 403
     own = [{"Sec-Fetch-Site": "same-origin", "Origin": "null"}, {"Origin": "https://broker.example"}]

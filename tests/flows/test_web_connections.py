@@ -40,7 +40,17 @@ def test_a_list_holds_only_what_the_caller_may_see(stage: Stage, names: list[str
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=501", "limit=1_0", "limit=+5", "limit=x", "after=UPPER", "after=", "limit=1&limit=1", "page=2"],
+    [
+        "limit=0",
+        "limit=501",
+        "limit=1_0",
+        "limit=+5",
+        "limit=x",
+        "after=UPPER",
+        "after=",
+        "limit=1&limit=1",
+        "page=2",
+    ],
 )
 def test_a_wrong_page_is_400(stage: Stage, query: str) -> None:
     """Unknown, repeated and impossible parameters are refused."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from tests.web_stage import PUBLIC_URL, Stage
 
 FORM = {"grant_type": "client_credentials"}
+URLENCODED = "application/x-www-form-urlencoded"
 
 
-def test_a_credential_is_exchanged_for_a_token_that_verifies_with_the_published_keys(either_stage: Stage) -> None:
+def test_a_credential_is_exchanged_for_a_token_that_verifies_with_the_published_keys(
+    either_stage: Stage,
+) -> None:
     """An ES256 JWT of this issuer, good for 15 minutes, accepted on /v1."""
     answer = either_stage.ask("/oauth/token", method="POST", data=FORM)
     assert answer.status == 200
@@ -28,13 +33,18 @@ def test_a_credential_is_exchanged_for_a_token_that_verifies_with_the_published_
 
 def test_errors_have_the_shape_of_rfc_6749(stage: Stage) -> None:
     """Whichever layer finds them: a JSON object with `error`, and 401 with a Basic challenge."""
-    cases = [
+    cases: list[tuple[dict[str, Any], str | None, int, str]] = [
         ({"data": {"grant_type": "password"}}, "caller", 400, "unsupported_grant_type"),
         ({"data": {**FORM, "scope": "everything"}}, "caller", 400, "invalid_scope"),
-        ({"data": "grant_type=client_credentials&grant_type=x", "content_type": _FORM}, "caller", 400, "invalid_request"),
+        (
+            {"data": "grant_type=client_credentials&grant_type=x", "content_type": URLENCODED},
+            "caller",
+            400,
+            "invalid_request",
+        ),
         ({"json": FORM}, "caller", 400, "invalid_request"),
         ({"data": FORM}, None, 401, "invalid_client"),
-        ({"data": b"x" * 70_000, "content_type": _FORM}, "caller", 413, "invalid_request"),
+        ({"data": b"x" * 70_000, "content_type": URLENCODED}, "caller", 413, "invalid_request"),
     ]
     for sent, caller, status, word in cases:
         answer = stage.ask("/oauth/token", method="POST", caller=caller, **sent)
@@ -43,9 +53,6 @@ def test_errors_have_the_shape_of_rfc_6749(stage: Stage) -> None:
         assert ("WWW-Authenticate" in answer.raw.headers) is (status == 401)
     wrong_method = stage.ask("/oauth/token")
     assert (wrong_method.status, wrong_method.json["error"]) == (405, "invalid_request")
-
-
-_FORM = "application/x-www-form-urlencoded"
 
 
 def test_the_metadata_names_only_what_is_there(stage: Stage) -> None:

@@ -62,7 +62,9 @@ def test_a_caller_gets_a_living_token(either_stage: Stage) -> None:
     assert digest is not None
     assert digest[1].access_token is not None
     assert digest[1].access_token.reveal() == body["access_token"]
-    assert digest[1].access_token.sha256() in {access.sha256 for access in grant.access if access.state == "live"}
+    assert digest[1].access_token.sha256() in {
+        access.sha256 for access in grant.access if access.state == "live"
+    }
 
 
 def test_a_salesforce_token_says_where_its_org_is(stage: Stage) -> None:
@@ -173,7 +175,9 @@ def test_who_cannot_prove_to_be_a_caller_gets_401(stage: Stage, path: str) -> No
     assert len(details) == 1
 
 
-def test_without_the_permission_it_is_403_whether_the_connection_exists_or_not(stage: Stage, path: str) -> None:
+def test_without_the_permission_it_is_403_whether_the_connection_exists_or_not(
+    stage: Stage, path: str
+) -> None:
     """A denial tells nothing about names."""
     stage.add_caller("other", "token:issue@other-*", "connection:read@*")
     there = stage.ask(path, caller="other")
@@ -286,7 +290,7 @@ def test_each_error_has_its_status_and_code_on_the_wire(
     assert (answer.status, answer.code) == (status, code)
     body = answer.json
     assert body["type"] == f"/problems/{code}"
-    assert body["instance"] == f"urn:uuid:{answer.raw.headers['X-Request-ID']}"
+    assert body["instance"] == f"/docs#{answer.raw.headers['X-Request-ID']}"
     assert body["detail"]
     assert body["hint"]
     assert body["retryable"] is error.retryable

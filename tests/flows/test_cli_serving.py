@@ -1,0 +1,111 @@
+"""`up`: web and worker under one supervisor, from anywhere, with nothing set."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.flows.worker_stage import until
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def up(folder: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """`up` in a folder of its own; what it said when it was ready. Ended by SIGTERM if it still runs."""
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("DRAWBRIDGE_")}
+    environment |= {"PYTHONPATH": str(ROOT), "DRAWBRIDGE_WEB_WORKERS": "1"}
+    environment |= {f"DRAWBRIDGE_{name}": text for name, text in settings.items()}
+    command = [sys.executable, "-P", "-m", "app", "up", "--json"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    deadline = threading.Timer(120, process.kill)
+    deadline.start()
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        yield process, json.loads(line) if line else {}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        deadline.cancel()
+
+
+def children(pid: int) -> dict[str, int]:
+    """The processes directly below, by what they run."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = {}
+    for child in listed:
+        with contextlib.suppress(FileNotFoundError):
+            words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+            found["web" if "gunicorn" in words else words[-2]] = int(child)
+    return found
+
+
+def status(url: str) -> int:
+    """What a GET answers."""
+    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - loopback
+        return int(answer.status)
+
+
+def test_up_serves_from_the_callers_folder_and_ends_in_order(tmp_path: Path) -> None:
+    """Database, keys and state land in ./var of where it was typed; a killed worker comes back; SIGTERM is exit code 0."""
+    port = free_port()
+    with up(tmp_path, BIND=f"127.0.0.1:{port}") as (process, said):
+        assert said["url"] == f"http://127.0.0.1:{port}", (tmp_path / "log").read_text()
+        assert status(f"{said['url']}/livez") == 200
+        until(lambda: set(children(process.pid)) == {"web", "worker"})
+        first = children(process.pid)["worker"]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: children(process.pid).get("worker", first) != first)
+        assert (tmp_path / "var" / "drawbridge.db").exists()
+        assert (tmp_path / "var" / "keyring.json").stat().st_mode & 0o077 == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "var"]
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 0, (tmp_path / "log").read_text()
+
+
+def test_up_does_not_start_on_a_fault(tmp_path: Path) -> None:
+    """With a fault in the settings it says so and ends with 1 before anything runs."""
+    with up(tmp_path, BIND="127.0.0.1:1", ENVIRONMENT="production") as (process, said):
+        assert said == {}
+        assert process.wait() == 1
+    assert "DRAWBRIDGE_KEYRING" in (tmp_path / "log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_children_do_not_outlive_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+    """After kill -9 of the parent, web and worker end by themselves."""
+    with up(tmp_path, BIND=f"127.0.0.1:{free_port()}") as (process, said):
+        assert said, (tmp_path / "log").read_text()
+        below = children(process.pid)
+        assert set(below) == {"web", "worker"}
+        process.kill()
+        process.wait()
+        until(lambda: not any(is_running(pid) for pid in below.values()))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and more than a name."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
