@@ -58,7 +58,8 @@ class Settings:
     bind: str
     environment: Literal["development", "production"]
     keyring: Secret | None
-    keyring_file: Path | None  # where it came from, if from a file: `keys add` writes there, and changes are noticed
+    # Where the keyring came from, if from a file: `keys add` writes there, and changes of it are noticed.
+    keyring_file: Path | None
     hubspot_client_id: str | None
     hubspot_client_secret: tuple[Secret, ...]
     hubspot_app_id: str | None

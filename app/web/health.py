@@ -78,6 +78,12 @@ def ready() -> Response:
 @blueprint.may_answer(
     503, schema=HealthReport, content_type="application/health+json", description="Not serving."
 )
+@blueprint.may_answer(
+    503,
+    schema="Problem",
+    content_type="application/problem+json",
+    description="Not serving; as a problem where the database is gone and nobody can be known.",
+)
 @blueprint.errors(400, 401, 403, 429)
 def health(query: dict[str, Any]) -> Response:
     """Tell a signed-in admin, or a caller with connection:read, how things are."""

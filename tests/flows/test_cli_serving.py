@@ -55,7 +55,8 @@ def children(pid: int) -> dict[str, int]:
     for child in listed:
         with contextlib.suppress(FileNotFoundError):
             words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
-            found["web" if "gunicorn" in words else words[-2]] = int(child)
+            if len(words) > 1:  # one that ended and was not waited for yet has none
+                found["web" if "gunicorn" in words else words[-2]] = int(child)
     return found
 
 

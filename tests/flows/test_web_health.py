@@ -63,6 +63,9 @@ def test_ready_needs_the_keys_that_open_the_data(stage: Stage) -> None:
         )
     stage.clock.jump(1)
     assert stage.ask("/readyz").status == 503
+    report = stage.ask("/health")
+    assert (report.status, report.raw.mimetype) == (503, "application/health+json")
+    assert report.json["status"] == "fail"
 
 
 def test_health_is_for_admins_and_readers(stage: Stage) -> None:
@@ -106,16 +109,18 @@ def test_health_warns_of_a_wrong_clock(stage: Stage) -> None:
     assert report["status"] == "warn"
 
 
-def test_health_fails_when_the_database_is_gone_for_good(
+def test_health_warns_during_the_grace_and_is_503_after_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An admin's session cannot be looked up either then, but a known caller still learns it during the grace."""
+    """A known caller still learns that the database is away; once the grace is over nobody can be known."""
     assert stage.ask("/health").status == 200
-    stage.ask("/readyz")
     _take_away(stage, monkeypatch)
     stage.clock.jump(10)
     report = stage.ask("/health")
     assert (report.status, report.json["status"]) == (200, "warn")
+    stage.clock.jump(60)
+    gone = stage.ask("/health")
+    assert (gone.status, gone.code) == (503, "overloaded")
 
 
 def test_metrics_are_there_only_for_their_token(vendors: Emulator, tmp_path: Path) -> None:
