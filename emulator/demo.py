@@ -298,8 +298,7 @@ class Tour:
 def main(arguments: list[str] | None = None) -> int:
     """Walk the tour; 0 when every step came out right, 1 when one did not."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    _hear(_interrupted)
     with on_stage(life=LIFE) as stage:
         tour = Tour(stage, quiet=options.json)
         try:
@@ -321,7 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stay(tour: Tour) -> None:
-    """Stay up until somebody ends it; on a terminal, Enter makes another login link."""
+    """Stay up until somebody ends it, which is no failure; on a terminal, Enter makes another login link."""
+    _hear(_left)
     if not sys.stdin.isatty():
         signal.pause()
     print("Press Enter for another login link, Ctrl-C to end.", flush=True)
@@ -332,9 +332,19 @@ def _stay(tour: Tour) -> None:
         print(f"  {tour.login_url()}", flush=True)
 
 
-def _leave(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # asked once is enough; the processes are being ended
+def _interrupted(number: int, _: object) -> NoReturn:
+    _hear(signal.SIG_IGN)  # asked once is enough; the processes are being ended
+    raise SystemExit(128 + number)
+
+
+def _left(*_: object) -> NoReturn:
+    _hear(signal.SIG_IGN)
     raise SystemExit(0)
+
+
+def _hear(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def _until(happened: Callable[[], bool], what: str) -> None:

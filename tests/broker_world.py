@@ -32,6 +32,7 @@ from app.clock import Clock
 from app.db.engine import Database
 from app.db.schema import apps, attempts, connections, notices
 from app.db.schema import findings as findings_table
+from app.errors import DatabaseUnavailable
 from app.secret import Secret
 from emulator import GrantTruth, Minted, SeenRequest, VendorControl
 from tests.installation import HUBSPOT, SALESFORCE, Installation, installation
@@ -217,6 +218,7 @@ class World:
             for table in (connections, attempts, findings_table, notices):
                 transaction.execute(sa.delete(table))
             transaction.execute(sa.update(apps).values(failures=0, open_until=None, open_reason=None))
+        until(lambda: all(_knows_the_epoch(host) for host in self.hosts))
 
 
 @contextmanager
@@ -231,6 +233,14 @@ def world(database_url: str, directory: Path, **environ: str) -> Iterator[World]
         opened.host()
         opened.host()
         yield opened
+
+
+def _knows_the_epoch(host: Services) -> bool:
+    try:
+        host.watch.look()
+    except DatabaseUnavailable:
+        return False
+    return True
 
 
 def _shift_postgresql(database_url: str) -> None:

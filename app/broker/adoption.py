@@ -26,7 +26,7 @@ from app.clock import Clock
 from app.db.engine import Database
 from app.db.epoch import EpochWatch, bump
 from app.db.schema import epochs, installation
-from app.errors import DatabaseMismatch, RefreshHeld
+from app.errors import DatabaseMismatch, DatabaseUnavailable, RefreshHeld
 from app.telemetry import Event, log
 
 __all__ = ["Adoption", "Disagreement"]
@@ -128,7 +128,13 @@ class Adoption:
         return reason
 
     def close(self) -> None:
-        """Write the mark as it stands."""
+        """Write the mark, counted anew: the watch may be a moment behind the last refresh of this process."""
+        with contextlib.suppress(DatabaseUnavailable):
+            if self.disagreement() is None:
+                identifier, _ = self._read_installation()
+                count = self._count()
+                with self._lock:
+                    self._mark = {"installation": identifier, "connections": count}
         with self._lock:
             if self._mark is not None:
                 self._write(self._mark)

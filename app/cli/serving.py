@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final
 
 import click
 
 from app.cli.opening import ROOT, read_settings
 from app.cli.output import Output, reporting
 
-if TYPE_CHECKING:
-    from app.settings import Settings
+__all__ = ["demo", "program_environment", "up", "web", "with_whole_paths", "worker"]
 
-__all__ = ["demo", "program_environment", "up", "web", "wherever_it_stands", "worker"]
 
-PREFIX = "DRAWBRIDGE_"
-
-_DEMO = "emulator.demo"
+_DEMO: Final = "emulator.demo"
+_NAMES_A_FILE: Final = re.compile(r"DRAWBRIDGE_[A-Z_]+_FILE")
 
 
 @click.command(short_help="A tour with both vendors emulated; touches nothing of yours.")
@@ -58,7 +56,7 @@ def web(out: Output) -> None:
         out.tell({"kind": "web", "pid": os.getpid(), "bind": settings.bind, "url": settings.public_url})
         sys.stdout.flush()
     command = ["-m", "gunicorn", "--config", str(ROOT / "config" / "gunicorn.conf.py")]
-    _become(command, wherever_it_stands(program_environment(), settings))
+    _become(command, with_whole_paths(program_environment()))
 
 
 @click.command(short_help="Refresh ahead of time; carry out disconnects.")
@@ -125,18 +123,12 @@ def program_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
 
 
-def wherever_it_stands(environment: Mapping[str, str], settings: Settings) -> dict[str, str]:
-    """The environment with every path made absolute: gunicorn works in the program's folder, not in the caller's."""
-    told = dict(environment)
-    for name, value in environment.items():
-        if name.startswith(PREFIX) and name.endswith("_FILE") and value:
-            told[name] = str(Path(value).absolute())
-    told[f"{PREFIX}STATE_DIR"] = str(settings.state_dir.absolute())
-    scheme, _, file = settings.database_url.partition(":///")
-    if scheme == "sqlite":
-        told.pop(f"{PREFIX}DATABASE_URL_FILE", None)
-        told[f"{PREFIX}DATABASE_URL"] = f"sqlite:///{Path(file).absolute()}"
-    return told
+def with_whole_paths(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with the files it names made absolute: gunicorn works in the program's folder, not the caller's."""
+    return {
+        name: str(Path(value).absolute()) if value and _NAMES_A_FILE.fullmatch(name) else value
+        for name, value in environment.items()
+    }
 
 
 def _own(command: str) -> list[str]:
