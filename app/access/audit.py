@@ -140,6 +140,8 @@ class Trail:
         self._reserve = reserve
         self._chain: _Chain | None = None
         self._led = False
+        self._gathering = False
+        self._enough = threading.Lock()
         self._stopped = threading.Event()
         self._begin()
         _call_after_fork(self)
