@@ -4,7 +4,8 @@ Why: real vendors cannot be asked to rotate a token and lose the answer. These c
 that a test can ask whether a client behaved. They are written from the vendors' documented behaviour alone
 and held to it by independent clients.
 
-What it must never know: the product. Nothing here imports it, so that both cannot be wrong in the same way.
+What it must never know: the product. Nothing here imports it, so that both cannot be wrong in the same way; only
+`demo` and its two files, which walk through the product from outside, know its addresses and its commands.
 
 One decision with its price: the vendors speak real HTTP from a threaded development server that closes every
 connection after one answer. Broken answers are then really broken on the wire; the price is a few hundred

@@ -1,8 +1,8 @@
 """Changing the key encryption keys while everything runs.
 
 The database says which KEK is active. `rotate` makes another one active and re-wraps every record's data key under it, row
-by row, each write fenced on generation and old KEK, so a refresh that comes in between simply wins. It can be stopped and begun
-again: what is left is what still names another KEK. `retire` gives a KEK up, and refuses while anything names it.
+by row, each write fenced on generation and old KEK, so a refresh that comes in between simply wins. It can be stopped and
+begun again: what is left is what still names another KEK. `retire` gives a KEK up, and refuses while anything names it.
 """
 
 from __future__ import annotations

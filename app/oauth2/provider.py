@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from urllib.parse import quote, urlencode, urlsplit
 
-from marshmallow import Schema, ValidationError, fields
+from marshmallow import Schema, ValidationError, fields, validate
 
 from app.errors import (
     ConfigurationFault,
@@ -141,6 +141,11 @@ class ProviderOptions(Schema):
     userinfo_endpoint = fields.String(
         validate=server_url,
         metadata={"help": "OpenID Connect UserInfo endpoint, if there is one: tells the account."},
+    )
+
+    max_refreshes_per_second = fields.Float(
+        validate=validate.Range(0.1, 1000.0),
+        metadata={"help": "How many refreshes a second all workers together send for this app (default 50)."},
     )
 
 
