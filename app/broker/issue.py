@@ -40,7 +40,7 @@ LONGEST_MAX_WAIT: Final = 30.0
 FORCED_EVERY: Final = 30.0
 _SHORTEST_POLL: Final = 0.025
 _LONGEST_POLL: Final = 0.25
-_MOMENT: Final = 0.2  # seconds a caller waits for another thread to find out what has changed
+_PATIENCE: Final = 2.0  # seconds a caller waits for another thread to find out what has changed, as long as for an epoch
 _SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
 
 
@@ -171,7 +171,7 @@ class Issuer:
         return self._known.get(name) or self._load(name)
 
     def _drop_changed(self, epoch: int) -> None:
-        if not self._lock.acquire(timeout=_MOMENT):
+        if not self._lock.acquire(timeout=_PATIENCE):
             # Something changed and the database is slow to say what: it may be what was taken away (P6).
             raise DatabaseUnavailable("The database is slow to say what has changed.")
         try:
