@@ -201,3 +201,10 @@ def test_errors_in_the_browser_are_pages(stage: Stage) -> None:
     ):
         answer = browser.open(path, method=method)
         assert (answer.status_code, answer.mimetype) == (status, "text/html")
+
+
+def test_the_console_is_found_with_a_slash_behind_it_too(stage: Stage) -> None:
+    """People type it either way."""
+    answer = stage.client().get("/admin/")
+    assert answer.status_code == 303
+    assert answer.headers["Location"].endswith("/admin")

@@ -33,6 +33,7 @@ _SAID: Final[Mapping[str, str]] = {
 def register(blueprint: Blueprint) -> None:
     """Put the views on their paths."""
     blueprint.add_url_rule("/admin", "console", show, methods=["GET"])
+    blueprint.add_url_rule("/admin/", "console_slash", lambda: see_other("/admin"), methods=["GET"])
     one = "/admin/connections/<name:name>"
     blueprint.add_url_rule(f"{one}/refresh", "refresh", refresh, methods=["POST"])
     blueprint.add_url_rule(f"{one}/disable", "disable", disable, methods=["POST"])
