@@ -40,7 +40,7 @@ LONGEST_MAX_WAIT: Final = 30.0
 FORCED_EVERY: Final = 30.0
 _SHORTEST_POLL: Final = 0.025
 _LONGEST_POLL: Final = 0.25
-_PATIENCE: Final = 2.0  # seconds a caller waits for another thread to find out what has changed, as long as for an epoch
+_PATIENCE: Final = 2.0  # seconds a caller waits for another thread to find out what has changed
 _SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
 
 

@@ -406,11 +406,9 @@ def test_a_process_killed_after_the_fsync_loses_nothing(database_url: str, tmp_p
         assert list((tmp_path / "killed" / "journal").iterdir()) == []
 
 
-def test_a_process_killed_before_the_fsync_does_not_cost_the_living_token(
-    database_url: str, tmp_path: Path
-) -> None:
+def test_a_process_killed_before_the_fsync_does_not_cost_the_living_token(tmp_path: Path) -> None:
     """The answer is gone; nobody presents the old refresh token while the access token lives."""
-    with installation(database_url, tmp_path) as made:
+    with installation(f"sqlite:///{tmp_path / 'drawbridge.db'}", tmp_path) as made:
         host = made.host(**SHORT)
         connection = connect(host, made, "salesforce")
         killed_while_refreshing(made, connection.name, when="before")
@@ -426,9 +424,9 @@ def test_a_process_killed_before_the_fsync_does_not_cost_the_living_token(
         assert made.emulator.control.salesforce.totals().reuses == 0
 
 
-def test_an_answer_for_a_connection_that_is_gone_is_given_back(database_url: str, tmp_path: Path) -> None:
+def test_an_answer_for_a_connection_that_is_gone_is_given_back(tmp_path: Path) -> None:
     """Killed with the answer in the journal, and the connection removed before the next start: the grant is revoked."""
-    with installation(database_url, tmp_path) as made:
+    with installation(f"sqlite:///{tmp_path / 'drawbridge.db'}", tmp_path) as made:
         host = made.host(**SHORT)
         connection = connect(host, made, "salesforce")
         killed_while_refreshing(made, connection.name, when="after")
@@ -444,9 +442,9 @@ def test_an_answer_for_a_connection_that_is_gone_is_given_back(database_url: str
 # Copies
 
 
-def test_a_copied_database_refreshes_nothing_until_it_is_adopted(database_url: str, tmp_path: Path) -> None:
+def test_a_copied_database_refreshes_nothing_until_it_is_adopted(tmp_path: Path) -> None:
     """Under another PUBLIC_URL living tokens leave and nothing is spent; after `adopt`, without a restart, all is well."""
-    with installation(database_url, tmp_path) as made:
+    with installation(f"sqlite:///{tmp_path / 'drawbridge.db'}", tmp_path) as made:
         host = made.host(**SHORT)
         connection = connect(host, made, "salesforce")
         killed_while_refreshing(made, connection.name, when="after")

@@ -187,7 +187,7 @@ def test_dead_tokens_never_leave(made: World) -> None:
         def ask(number: int) -> list[float]:
             host, left = hosts[number % 2], []
             generation = connection.generation
-            while generation < connection.generation + 3:
+            while generation < connection.generation + 2:
                 asked = host.clock.timestamp()
                 token = host.issuer.issue(caller, connection.name, min_ttl=0.3)
                 left.append(token.left(asked))
