@@ -8,23 +8,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tests.postgres import temporary_server
-from tests.processes import Server, serve
+from tests.processes import CONFIG, Server, serve
 
 __all__ = ["bare_route", "database", "memory_of_workers", "token_request"]
 
 
 def bare_route(environ: Mapping[str, str], *, log: Path, port: int) -> AbstractContextManager[Server]:
-    """The bare Flask route under gunicorn with as many workers and threads as the product has."""
-    options = [
-        "--worker-class=gthread",
-        f"--workers={environ['DRAWBRIDGE_WEB_WORKERS']}",
-        f"--threads={environ['DRAWBRIDGE_WEB_THREADS']}",
-        f"--bind=127.0.0.1:{port}",
-        "--keep-alive=75",
-        "--no-control-socket",
-        "--log-level=warning",
-    ]
-    return serve("bench.bare:create_app()", environ, options=options, log=log, port=port)
+    """The bare Flask route under the product's own gunicorn configuration."""
+    here = {**environ, "DRAWBRIDGE_BIND": f"127.0.0.1:{port}"}
+    return serve("bench.bare:create_app()", here, options=["--config", str(CONFIG)], log=log, port=port)
 
 
 def token_request(path: str, client_id: str, secret: str) -> bytes:

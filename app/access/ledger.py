@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
+from itertools import chain
 from typing import Any, Final
 
 from sqlalchemy import BigInteger, Text, delete, select, text, tuple_, type_coerce, update
@@ -23,8 +25,10 @@ from app.db.schema import audit, audit_writers
 __all__ = ["Fenced", "Ledger", "StoredWriter", "Writer"]
 
 _COLUMNS: Final = "writer, n, at, actor, action, target, outcome, detail, mac"
+_ONE_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ROWS_AT_ONCE: Final = 100
 _INSERT: Final = {
-    "sqlite": f"INSERT INTO audit ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - all constant
+    "sqlite": f"INSERT INTO audit ({_COLUMNS}) VALUES {_ONE_ROW}",  # noqa: S608 - all constant
     "postgresql": (
         f"INSERT INTO audit ({_COLUMNS}) SELECT * FROM unnest("  # noqa: S608 - all constant
         "%s::text[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
@@ -235,7 +239,9 @@ class Ledger:
 
     def _insert_rows(self, connection: Connection, rows: Sequence[Row], statement: str) -> None:
         if self._database.dialect == "sqlite":
-            connection.exec_driver_sql(statement, list(rows))
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                some = rows[start : start + _ROWS_AT_ONCE]
+                connection.exec_driver_sql(_many(statement, len(some)), tuple(chain.from_iterable(some)))
             return
         connection.exec_driver_sql(statement, tuple(list(column) for column in zip(*rows, strict=True)))
 
@@ -250,6 +256,13 @@ class Ledger:
             "head": head,
         }
         connection.execute(text(statement), values)
+
+
+@lru_cache(maxsize=2 * _ROWS_AT_ONCE)
+def _many(statement: str, count: int) -> str:
+    """An INSERT of one row as one of many: between two rows the driver gives the interpreter away, and under load getting
+    it back costs more than the row."""
+    return statement.replace(_ONE_ROW, ", ".join([_ONE_ROW] * count))
 
 
 def _array(values: Sequence[Any]) -> str:
