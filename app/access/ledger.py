@@ -42,11 +42,11 @@ _ADVANCE: Final = {
 }
 # Head and rows in one statement, which is one transaction and one round trip: it happens for every hand-out.
 _APPEND: Final = (
-    "WITH moved AS (UPDATE audit_writers SET head_n = %s, head_mac = %s"  # noqa: S608 - all constant
-    " WHERE id = %s AND head_n = %s RETURNING id)"
-    f" INSERT INTO audit ({_COLUMNS}) SELECT moved.id, rows.* FROM moved, unnest("
-    "%s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::bytea[]) AS rows"
-)
+    "WITH moved AS (UPDATE audit_writers SET head_n = $1::bigint, head_mac = $2::bytea"  # noqa: S608 - all constant
+    " WHERE id = $3::text AND head_n = $4::bigint RETURNING id)"
+    f" INSERT INTO audit ({_COLUMNS}) SELECT moved.id, rows.* FROM moved, unnest($5::bigint[], $6::bigint[],"
+    " $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::bytea[]) AS rows"
+).encode()
 _REGISTER: Final = (
     "INSERT INTO audit_writers (id, host, started_at, kept_n, kept_mac, head_n, head_mac)"
     " VALUES (:id, :host, :started, 0, :kept, :n, :head)"
@@ -101,6 +101,10 @@ class Ledger:
         self._keys = keys
         self._insert = _INSERT[database.dialect]
         self._advance = _ADVANCE[database.dialect]
+        if database.dialect == "postgresql":
+            from app.db.postgresql import send  # its driver is not even loaded for SQLite
+
+            self._send = send
 
     def append(self, writer: Writer, *, before: int, rows: Callable[[], Sequence[Row]]) -> None:
         """Append what `rows` gives behind head number `before` and move the head; raises `Fenced`.
@@ -116,10 +120,11 @@ class Ledger:
     def _append_at_once(self, writer: Writer, before: int, rows: Sequence[Row]) -> None:
         end = rows[-1]
         head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
-        columns = [_array(column) for column in list(zip(*rows, strict=True))[1:]]
+        columns = (_array(column).encode() for column in list(zip(*rows, strict=True))[1:])
+        values = (b"%d" % end.n, b"\\x%b" % head.hex().encode(), writer.id.encode(), b"%d" % before, *columns)
         with self._database.single() as connection:
-            added = connection.exec_driver_sql(_APPEND, (end.n, head, writer.id, before, *columns))
-        if added.rowcount != len(rows):
+            added = self._send(connection, _APPEND, values)
+        if added != len(rows):
             raise Fenced
 
     def _add(self, connection: Connection, writer: Writer, *, before: int, rows: Sequence[Row]) -> None:

@@ -256,10 +256,6 @@ class Apps:
             self._trail.record(Entry(actor, Event.APP_ROTATED, app.reference))
         return self.row(app.id)
 
-    def secrets_of(self, app_id: str) -> tuple[Secret, ...]:
-        """The client secrets as stored, newest first."""
-        return self.open(app_id).secrets
-
     def remove(self, app: AppRow, *, actor: str = "admin:cli") -> None:
         """Forget the app; raises `Conflict` while connections go through it."""
         with self._database.write() as transaction:

@@ -253,14 +253,6 @@ class Store:
         found = _connection(row._mapping)
         return found, self.open(row.sealed, found.id, generation=found.generation)
 
-    def free_lease(self, transaction: Transaction, connection_id: str, *, attempt: str) -> None:
-        """Give the lease back unused, if it is still this attempt's."""
-        transaction.execute(
-            sa.update(connections)
-            .where(connections.c.id == connection_id, connections.c.open_attempt == attempt)
-            .values(lease_until=None, open_attempt=None)
-        )
-
     # Fenced writes of a refresh's outcome
 
     def save_tokens(self, transaction: Transaction, after: Connection, sealed: Sealed) -> bool:

@@ -24,7 +24,7 @@ from sqlalchemy.engine import Connection
 
 from app.clock import Clock
 from app.db.engine import Database
-from app.db.schema import connections, epochs
+from app.db.schema import epochs
 from app.errors import DatabaseUnavailable
 
 __all__ = ["OLDEST", "POLL", "EpochName", "EpochWatch", "Epochs", "bump"]
@@ -110,15 +110,6 @@ class EpochWatch:
         if self._thread is not None and self._thread.is_alive():
             return self._ask_thread()
         return self._read()
-
-    def changed_connections(self, since: int) -> list[str]:
-        """The ids of connections changed after the counter stood at `since`; a deleted row is not among them.
-
-        Raises `DatabaseUnavailable`.
-        """
-        with self._database.read() as connection:
-            statement = sa.select(connections.c.id).where(connections.c.epoch > since)
-            return list(connection.scalars(statement))
 
     def _fresh(self) -> Epochs | None:
         return self.last if self.age <= OLDEST else None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import select
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Literal, cast
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine
 
 from app.clock import Clock
 
-__all__ = ["Postgresql"]
+__all__ = ["Postgresql", "send"]
 
 WAIT: Final = 5.0  # seconds for a free connection of the pool
 _ANSWER_LIMIT: Final = 15.0  # seconds without an answer from the server before a connection is given up
@@ -125,6 +127,43 @@ class Postgresql:
             raise exc.InvalidatePoolError from error
 
 
+def send(connection: Connection, statement: bytes, values: Sequence[bytes | None]) -> int:
+    """Run one statement that is a transaction of its own and return how many rows it touched.
+
+    Straight through libpq, with `$1` for the first value: the driver hands the interpreter over several times for each
+    statement, and under load getting it back costs more than the statement itself. For the one statement that runs at
+    every hand-out. Raises SQLAlchemy's errors, as `Connection.execute` would.
+    """
+    raw = cast(_Impatient, connection.connection.dbapi_connection)
+    try:
+        result = _answer(raw, statement, values)
+        if result.status != ExecStatus.COMMAND_OK:
+            raise psycopg.errors.error_from_result(result)
+    except psycopg.IntegrityError as error:
+        raise exc.IntegrityError(None, None, error) from error
+    except psycopg.Error as error:
+        if raw.closed:
+            connection.invalidate()
+        raise exc.OperationalError(None, None, error, connection_invalidated=raw.closed) from error
+    return result.command_tuples or 0
+
+
+def _answer(raw: _Impatient, statement: bytes, values: Sequence[bytes | None]) -> PGresult:
+    line = raw.pgconn
+    line.send_query_params(statement, values)
+    while line.is_busy():
+        if not _something_to_read(line.socket, seconds=raw.answer_limit):
+            raw.close()
+            raise psycopg.OperationalError("the server does not answer")
+        line.consume_input()
+    result = line.get_result()
+    while line.get_result() is not None:  # libpq says the end with a result of none
+        pass
+    if result is None:
+        raise psycopg.OperationalError("the server ended the connection")
+    return result
+
+
 class _Impatient(psycopg.Connection[Any]):
     """A connection that is given up when the server holds it but does not answer: stopped, or its host
     hangs."""
@@ -146,10 +185,10 @@ def _impatient(connection: Connection) -> _Impatient:
     return cast("_Impatient", connection.connection.dbapi_connection)
 
 
-def _something_to_read(descriptor: int) -> bool:
+def _something_to_read(descriptor: int, *, seconds: float = 0.0) -> bool:
     poll = select.poll()  # not select(), which knows descriptors below 1024 only
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(1000 * seconds))
 
 
 _GONE: Final = "The database server cannot be reached, refuses us or has closed the connection."

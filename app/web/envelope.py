@@ -44,14 +44,14 @@ class Envelope:
         # Browsers hold the redirects behind a form to form-action too, and a provider sends people on through hosts that
         # nobody can list (a My Domain, a region), so the page that begins a trip cannot have it.
         self._connect = (*_USUAL, *hsts, ("Content-Security-Policy", _POLICY))
-
+        self._data = (*_DATA, *hsts)
         # Unique over processes and starts without asking the system for random bytes at each request.
         self._origin = secrets.token_hex(6)
         self._numbers = itertools.count(1)
 
     def _headers_for(self, path: str) -> tuple[tuple[str, str], ...]:
         if path.startswith("/v1/"):
-            return _DATA  # JSON for programs: what only holds browsers to something is left out
+            return self._data  # JSON for programs: most of what only holds browsers to something is left out
         return self._connect if path.startswith("/connect/") else self._usual
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -205,19 +205,6 @@ def test_a_last_try_stays_one(hosts: tuple[Host, Host]) -> None:
     assert one.get(connection).last_try
 
 
-def test_only_the_holder_gives_its_lease_back(hosts: tuple[Host, Host]) -> None:
-    """An attempt that is not the row's frees nothing."""
-    one, two = hosts
-    connection = one.put()
-    one.lease(connection, attempt="mine")
-    with two.database.write() as transaction:
-        two.store.free_lease(transaction, connection.id, attempt="another")
-    assert one.get(connection).open_attempt == "mine"
-    with one.database.write() as transaction:
-        one.store.free_lease(transaction, connection.id, attempt="mine")
-    assert one.get(connection).open_attempt is None
-
-
 # Fences
 
 

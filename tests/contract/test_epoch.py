@@ -10,13 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 
 from app.clock import Clock
 from app.db.engine import Database
 from app.db.epoch import EpochName, EpochWatch, bump
 from app.db.migrate import migrate
-from app.db.schema import apps, connections
 from app.errors import DatabaseUnavailable
 from tests.postgres import PostgresServer, temporary_server
 
@@ -246,59 +244,3 @@ def _access(watch: EpochWatch) -> int | None:
         return watch.look().access
     except DatabaseUnavailable:
         return None
-
-
-class TestChangedConnections:
-    def test_only_those_changed_since_are_named(self, database: Database, watch: EpochWatch) -> None:
-        """A cache drops what changed and keeps the rest."""
-        for name in ("one", "two", "three"):
-            _touch(database, name)
-        assert set(watch.changed_connections(0)) == {"one", "two", "three"}
-        assert set(watch.changed_connections(1)) == {"two", "three"}
-        assert watch.changed_connections(3) == []
-        _touch(database, "one")
-        assert watch.changed_connections(3) == ["one"]
-
-
-def _touch(database: Database, name: str) -> None:
-    with database.write() as connection:
-        number = bump(connection, "connections")
-        changed = sa.update(connections).where(connections.c.id == name).values(epoch=number)
-        if connection.execute(changed).rowcount == 0:
-            if number == 1:
-                connection.execute(sa.insert(apps), [_APP])
-            connection.execute(sa.insert(connections), [_connection(id=name, epoch=number)])
-
-
-_APP = {
-    "id": "app",
-    "provider": "hubspot",
-    "name": "default",
-    "source": "environment",
-    "client_id": "c",
-    "scopes": [],
-    "optional_scopes": [],
-    "options": {},
-    "created_at": LONG_AGO,
-    "version": 1,
-}
-
-
-def _connection(**changes: object) -> dict[str, object]:
-    return {
-        "name": changes["id"],
-        "provider": "hubspot",
-        "app_id": "app",
-        "grant_type": "authorization_code",
-        "account_id": "1",
-        "user_id": "",
-        "identity": changes["id"],
-        "admin_state": "enabled",
-        "health": "healthy",
-        "generation": 1,
-        "rotation": "unknown",
-        "scopes_wanted": [],
-        "scopes_granted": [],
-        "details": {},
-        "created_at": LONG_AGO,
-    } | changes

@@ -90,9 +90,9 @@ def test_an_app_gets_its_secrets_from_file_or_standard_input(
         assert added["redirect_uri"] == "http://localhost:8000/connect/salesforce/callback"
         stored = made.host().apps
         row = stored.find("salesforce/emea")
-        assert [secret.reveal() for secret in stored.secrets_of(row.id)] == ["newest-one", "older-one"]
+        assert [secret.reveal() for secret in stored.open(row.id).secrets] == ["newest-one", "older-one"]
         opened.done("app", "rotate", "salesforce/emea", standard_input="third-one\n")
-        assert [secret.reveal() for secret in stored.secrets_of(row.id)] == ["third-one"]
+        assert [secret.reveal() for secret in stored.open(row.id).secrets] == ["third-one"]
         listing = opened.done("app", "list").out + opened.done("app", "list", "--json").out
         assert "salesforce/emea" in listing
         assert "-one" not in listing
@@ -206,7 +206,7 @@ def test_a_prompt_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert process.returncode == 0, shown
         assert b"very-secret-text" not in shown
         apps = made.host().apps
-        assert apps.secrets_of(apps.find("hubspot/eu").id)[0].reveal() == "very-secret-text"
+        assert apps.open(apps.find("hubspot/eu").id).secrets[0].reveal() == "very-secret-text"
 
 
 def rest_of(descriptor: int) -> bytes:
