@@ -1,11 +1,13 @@
 """What every test gets: sockets on loopback only, PostgreSQL when it asks for it, parts left out by name."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from app.telemetry import logs
 from tests.loopback import loopback_only
 from tests.postgres import ExternalServer, PostgresServer, chosen_server
 
@@ -57,6 +59,17 @@ def _loopback_only() -> Iterator[None]:
     """Keep every socket of the test process on this machine."""
     with loopback_only():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Undo what a test does to the process-wide log, so that no other test hears its words elsewhere."""
+    root = logging.getLogger()
+    stream, handlers, level = logs._stream, list(root.handlers), root.level
+    yield
+    logs._stream = stream
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -141,6 +141,7 @@ def _take_over(manager: logging.Manager) -> None:
             for handler in list(logger.handlers):
                 logger.removeHandler(handler)
             logger.propagate = True
+            logger.setLevel(logging.NOTSET)  # LOG_LEVEL says what is heard, for all of them
     warnings.showwarning = _show_warning
 
 

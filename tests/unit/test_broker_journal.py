@@ -207,7 +207,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (size + {room}, hard))
 try:
     {action}
 except Overloaded as error:
-    print("refused:", error.code)
+    print("refused:", error.code, flush=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 journal.append(entry(3))
 os.kill(os.getpid(), signal.SIGKILL)
