@@ -290,8 +290,8 @@ class Trail:
         """Wait for those who are about to come, as long as they keep coming.
 
         Callers that were answered together ask again together. Without this the first of them would commit alone while all
-        others queue; so the leader waits for half of those that were under way at the end of the last commit, and the
-        other half is served while the disk is busy with the first. Where nobody else is under way there is no waiting.
+        others queue; so the leader waits until as many are there as were under way at the end of the last commit. Where
+        nobody else is under way there is no waiting.
         """
         arrived = 0
         while True:
@@ -311,7 +311,7 @@ class Trail:
         with self._mutex:
             heir = self._waiting[0] if self._waiting else None
             self._led = heir is not None
-            self._expected = min((self._settled + len(self._waiting) + 1) // 2, _BATCH_LIMIT)
+            self._expected = min(self._settled + len(self._waiting), _BATCH_LIMIT)
         if heir is not None:
             heir.woken.release()
 

@@ -120,8 +120,20 @@ class Ledger:
     def _append_at_once(self, writer: Writer, before: int, rows: Sequence[Row]) -> None:
         end = rows[-1]
         head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
-        columns = (_array(column).encode() for column in list(zip(*rows, strict=True))[1:])
-        values = (b"%d" % end.n, b"\\x%b" % head.hex().encode(), writer.id.encode(), b"%d" % before, *columns)
+        _, numbers, moments, *texts, macs = zip(*rows, strict=True)
+        columns = [
+            "{" + ",".join(map(str, numbers)) + "}",
+            "{" + ",".join(map(str, moments)) + "}",
+            *map(_array, texts),
+            "{" + ",".join([f'"\\\\x{mac.hex()}"' for mac in macs]) + "}",
+        ]
+        values = (
+            b"%d" % end.n,
+            b"\\x%b" % head.hex().encode(),
+            writer.id.encode(),
+            b"%d" % before,
+            *map(str.encode, columns),
+        )
         with self._database.single() as connection:
             added = self._send(connection, _APPEND, values)
         if added != len(rows):
@@ -275,7 +287,8 @@ def _array(values: Sequence[Any]) -> str:
     return "{" + ",".join(map(_element, values)) + "}"
 
 
-def _element(value: Any) -> str:
+@lru_cache(maxsize=4096)  # the same few texts make up nearly all rows
+def _element(value: str | int | bytes | None) -> str:
     if value is None:
         return "NULL"
     if isinstance(value, int):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ class Database:
         self._engine = self._kind.engine()
         self._reader = self._engine.execution_options()
         event.listen(self._reader, "before_execute", _refuse_writing)
-        self._inherited: list[Pool] = []
+        self._kept: deque[Connection] = deque()
+        self._inherited: list[Pool | deque[Connection]] = []
         _follow_forks(self)
 
     @contextmanager
@@ -107,14 +109,22 @@ class Database:
     def single(self) -> Iterator[Connection]:
         """A connection for exactly one statement that is a transaction of its own: one round trip instead of four.
 
+        It is kept open for the next such statement, outside the pool.
+
         Raises `DatabaseUnavailable`; whether the statement was stored is then unknown. On SQLite use `write()`: there only
         it waits for its turn.
         """
+        connection = None
         try:
-            with self._engine.connect() as connection:
-                yield connection
+            connection = self._kept.pop() if self._kept else self._engine.connect()
+            yield connection
         except (exc.DBAPIError, exc.TimeoutError) as error:
+            if connection is not None:
+                connection.close()
             self._raise_in_our_words(error)
+        else:
+            # Kept for the next one: taking a connection out of the pool costs more than such a statement.
+            self._kept.append(connection)
 
     def take_turns(self, connection: Connection, name: str) -> None:
         """Inside `write()`: wait until no other transaction that takes turns under this name is running.
@@ -135,6 +145,8 @@ class Database:
 
     def dispose(self) -> None:
         """Close the idle connections; the next use opens new ones."""
+        while self._kept:
+            self._kept.pop().close()
         self._engine.dispose()
 
     def before_fork(self) -> None:
@@ -145,7 +157,8 @@ class Database:
         """Go on in the parent, and in the child with connections of its own; called by itself."""
         if child:
             # Freeing the parent's connections would speak on its sockets, so they are kept instead.
-            self._inherited.append(self._engine.pool)
+            self._inherited += [self._engine.pool, self._kept]
+            self._kept = deque()
             self._engine.dispose(close=False)
         self._kind.after_fork(child=child)
 
