@@ -1,15 +1,17 @@
 """The authenticated, authorised, audited hand-out beside a bare Flask route that returns the same bytes.
 
-    python -m bench.handout [--rounds 7] [--seconds 3] [--database sqlite --database postgresql] [--sockets 16 …]
+    python -m bench.handout [--rounds 7] [--seconds 3] [--database sqlite …] [--workers 1 …] [--sockets 16 …]
 
 Both run under the same gunicorn settings at the same time and get the load in turn, product and bare route alternating, so
-that a machine that slows down slows both. Printed: the ratio of each round's pair, its median, and what the project
+that a machine that slows down slows both. With as many workers as the machine has cores, load and database compete with
+both for them, so it is measured with one worker process and with two. Printed: the ratio of each round's pair, its median, and what the project
 promises: at least 0.65 of the bare route's rate, a p99 not above its p99, each worker below 90 MB resident.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import socket
 import statistics
@@ -24,7 +26,7 @@ from bench.servers import bare_route, database, memory_of_workers, token_request
 from tests.installation import Installation, connect, installation
 from tests.processes import Server, free_port, web
 
-_WORKERS, _THREADS = 2, 16
+_THREADS = 16
 
 
 def main() -> int:
@@ -34,16 +36,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--database", action="append", choices=["sqlite", "postgresql"])
     parser.add_argument("--sockets", action="append", type=int)
+    parser.add_argument(
+        "--workers", action="append", type=int, help="gunicorn workers of both; default 1 and 2"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = []
-    for kind in options.database or ["sqlite", "postgresql"]:
+    for kind, workers in itertools.product(
+        options.database or ["sqlite", "postgresql"], options.workers or [1, 2]
+    ):
         with (
             tempfile.TemporaryDirectory() as directory,
             database(kind, Path(directory)) as url,
             installation(url, Path(directory), hubspot_app={"token_lifetime": 7200}) as made,
         ):
-            rows += _measure(kind, made, options)
+            rows += _measure(kind, workers, made, options)
     if options.json:
         print(json.dumps(rows, indent=1))
     held = all(
@@ -53,11 +60,13 @@ def main() -> int:
     return 0 if held else 1
 
 
-def _measure(kind: str, made: Installation, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(
+    kind: str, workers: int, made: Installation, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     request, body = _prepare(made)
     body_file = made.directory / "bare.json"
     body_file.write_bytes(body)
-    settings = {"DRAWBRIDGE_WEB_WORKERS": str(_WORKERS), "DRAWBRIDGE_WEB_THREADS": str(_THREADS)}
+    settings = {"DRAWBRIDGE_WEB_WORKERS": str(workers), "DRAWBRIDGE_WEB_THREADS": str(_THREADS)}
     port, bare_port = free_port(), free_port()
     environ = made.environment(host="bench", LOG_LEVEL="WARNING") | settings
     bare_environ = settings | {"BARE_BODY": str(body_file)}
@@ -67,7 +76,7 @@ def _measure(kind: str, made: Installation, options: argparse.Namespace) -> list
     ):
         _check(product, request)
         return [
-            _compare(kind, product, bare, request, sockets=sockets, options=options)
+            {"workers": workers} | _compare(kind, product, bare, request, sockets=sockets, options=options)
             for sockets in options.sockets or [16, 64]
         ]
 
@@ -148,9 +157,9 @@ def _compare(
         "bare_rss_mb": max(rss for rss, _ in memory_of_workers(bare)),
     }
     print(
-        "{database:10s} {sockets:3d} sockets  {rate:6.0f}/s of {bare_rate:6.0f}/s bare = {ratio:.2f}   "
+        "{database:10s} {of} worker(s) {sockets:3d} sockets  {rate:6.0f}/s of {bare_rate:6.0f}/s bare = {ratio:.2f}   "
         "p50 {p50_ms:5.1f} ms (bare {bare_p50_ms:5.1f})  p99 {p99_ms:5.1f} ms (bare {bare_p99_ms:5.1f})  "
-        "worker {rss_mb:.0f} MB (bare {bare_rss_mb:.0f})".format(**row),
+        "worker {rss_mb:.0f} MB (bare {bare_rss_mb:.0f})".format(of=len(memory_of_workers(product)), **row),
         flush=True,
     )
     return row
