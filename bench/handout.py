@@ -2,10 +2,11 @@
 
     python -m bench.handout [--rounds 7] [--seconds 3] [--database sqlite …] [--workers 1 …] [--sockets 16 …]
 
-Both run under the same gunicorn settings at the same time and get the load in turn, product and bare route alternating, so
-that a machine that slows down slows both. With as many workers as the machine has cores, load and database compete with
-both for them, so it is measured with one worker process and with two. Printed: the ratio of each round's pair, its median, and what the project
-promises: at least 0.65 of the bare route's rate, a p99 not above its p99, each worker below 90 MB resident.
+Both run under the same gunicorn settings at the same time and get the load in turn, product and bare route
+alternating, so that a machine that slows down slows both. With as many workers as the machine has cores, load and
+database compete with both for them, so it is measured with one worker process and with two. Printed: the ratio of each
+round's pair, its median, and what the project promises: at least 0.65 of the bare route's rate, a p99 not above its
+p99, each worker below 90 MB resident.
 """
 
 from __future__ import annotations
