@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
 import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.pool import Pool
 
 from app.clock import Clock
 from app.db.types import db_now
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PATIENCE", "Database", "open_databases"]
 
+_IDLE: Final = 10.0  # seconds after which a kept connection may have been dropped unnoticed
 PATIENCE: Final = 5.0  # seconds a write waits for its turn; a web request must be answered, if only with 503
 
 _POSTGRESQL_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
@@ -71,8 +71,8 @@ class Database:
         self._engine = self._kind.engine()
         self._reader = self._engine.execution_options()
         event.listen(self._reader, "before_execute", _refuse_writing)
-        self._kept: deque[Connection] = deque()
-        self._inherited: list[Pool | deque[Connection]] = []
+        self._kept: deque[tuple[Connection, float]] = deque()
+        self._inherited: list[object] = []
         _follow_forks(self)
 
     @contextmanager
@@ -116,7 +116,7 @@ class Database:
         """
         connection = None
         try:
-            connection = self._kept.pop() if self._kept else self._engine.connect()
+            connection = self._take_kept() or self._engine.connect()
             yield connection
         except (exc.DBAPIError, exc.TimeoutError) as error:
             if connection is not None:
@@ -124,7 +124,17 @@ class Database:
             self._raise_in_our_words(error)
         else:
             # Kept for the next one: taking a connection out of the pool costs more than such a statement.
-            self._kept.append(connection)
+            self._kept.append((connection, self._clock.elapsed()))
+
+    def _take_kept(self) -> Connection | None:
+        """The kept connection; one that stood idle goes back to the pool, which finds out whether it still lives."""
+        if not self._kept:
+            return None
+        connection, used_at = self._kept.pop()
+        if self._clock.elapsed() - used_at < _IDLE:
+            return connection
+        connection.close()
+        return None
 
     def take_turns(self, connection: Connection, name: str) -> None:
         """Inside `write()`: wait until no other transaction that takes turns under this name is running.
@@ -146,7 +156,7 @@ class Database:
     def dispose(self) -> None:
         """Close the idle connections; the next use opens new ones."""
         while self._kept:
-            self._kept.pop().close()
+            self._kept.pop()[0].close()
         self._engine.dispose()
 
     def before_fork(self) -> None:
