@@ -25,6 +25,7 @@ import os
 import secrets
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ _FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0,
 _SLOW: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 45.0)
 
 
-class _Measure(Generic[_Kind]):
+class _Measure(ABC, Generic[_Kind]):
     """A metric that comes into being with its first use, in memory or in files, whichever is on by then."""
 
     def __init__(self, name: str, says: str, *labels: str) -> None:
@@ -103,8 +104,9 @@ class _Measure(Generic[_Kind]):
             series = self._parent.labels(*values) if self.label_names else self._parent
             return self._series.setdefault(values, series)
 
+    @abstractmethod
     def _make(self) -> _Kind:
-        raise NotImplementedError
+        """Make the metric in the registry of this process."""
 
 
 class Counter(_Measure[PrometheusCounter]):
