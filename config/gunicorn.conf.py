@@ -15,7 +15,8 @@ chdir = str(Path(__file__).resolve().parent.parent)
 # METRICS_BIND is a second address of the same workers; the application tells them apart.
 bind = [_settings.bind, *([_settings.metrics_bind] if _settings.metrics_bind else [])]
 
-worker_class = "gthread"
+# gunicorn's gthread; hand-outs that are asked for at the same moment share one thread and one wait for the disk.
+worker_class = "app.web.express_worker.ExpressWorker"
 workers = _settings.web_workers
 threads = _settings.web_threads
 # Every worker makes its services after its fork; preloading would hand database connections and threads down.

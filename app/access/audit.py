@@ -11,11 +11,14 @@ something out must not.
 
     online ──commit fails──► spooling ──grace over, or reserve used up──► refusing
        ▲                        │                                            │
-       └──── database takes the spool, or tells the head: tried every second ┘
+       └──── database takes the spool, or answers: tried every second ──────┘
 
-After a commit whose outcome is unknown and that could not be spooled either, the head of the chain is
-unknown: nothing is recorded until the database has told it. That a row may exist for a hand-out that did
-not happen is harmless; the reverse is not.
+After a commit whose outcome is unknown and that could not be spooled either, nobody knows where the chain stands:
+nothing is recorded until the database answers, and then a new chain begins. That a row may exist for a
+hand-out that did not happen is harmless; the reverse is not.
+
+The stored head of the chain follows its rows within a second (`_HEAD_EVERY`). A killed process may leave it that far
+behind: then rows of its last second could be cut off unseen, unless the logged head is at hand.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -55,6 +59,8 @@ _SLICE: Final = (
     0.0008  # seconds a leader waits for the next to come; about what a request costs on a busy core
 )
 _RESERVE: Final = 4 * 1024 * 1024  # about 15 000 rows
+_HEAD_EVERY: Final = 1.0  # seconds the stored head may be behind the rows
+_IDLE_ROUNDS: Final = 10  # after so many seconds without a row the thread that moves the head ends
 _REVIVE_EVERY: Final = 1.0  # seconds between two attempts to return to the database
 _ACTOR: Final = re.compile(r"[a-z]+(:[A-Za-z0-9._-]{1,80})?")
 _ACTION: Final = re.compile(r"[a-z_]+:[a-z_]+:[a-z_]+")
@@ -152,7 +158,11 @@ class Trail:
         """Write one row and return when it is durable; raises `AuditUnavailable`, and then nothing may be
         handed out.
         """
-        ticket = _Ticket(entry.texts())
+        self.record_all((entry,))
+
+    def record_all(self, entries: Sequence[Entry]) -> None:
+        """The same for several rows: all of them durable, or none; at least one, and a few hundred at most."""
+        ticket = _Ticket([entry.texts() for entry in entries])
         with self._mutex:
             self._waiting.append(ticket)
             leads = not self._led
@@ -203,6 +213,7 @@ class Trail:
         a new chain.
         """
         self._stopped.set()
+        self._move_head()
         with self._pen:
             chain, self._chain = self._chain, None
             self._stopped = threading.Event()
@@ -215,6 +226,7 @@ class Trail:
         """Check every row, gap and head; with `heads` from the log also what the database alone cannot
         know.
         """
+        self._move_head()
         return inspect(self._ledger, self._keys, heads)
 
     def prune(self, older_than: datetime) -> int:
@@ -222,6 +234,7 @@ class Trail:
 
         Rows are checked on their way out; a chain that is broken is left as it is, for `verify` to show.
         """
+        self._move_head()
         return prune(self._ledger, self._keys, older_than)
 
     def export(self, *, since: datetime | None = None) -> Iterator[str]:
@@ -274,6 +287,8 @@ class Trail:
         self._settled = 0
         self._stopped = threading.Event()
         self._reviver: threading.Thread | None = None
+        self._keeper: threading.Thread | None = None  # moves the stored head behind the rows
+        self._heads = threading.Lock()  # who holds it may move the stored head
         inherited, self._chain = self._chain, None
         if inherited is not None and inherited.spool is not None:
             inherited.spool.abandon()  # the lock is the parent's; kept open here it would outlive the parent
@@ -330,17 +345,22 @@ class Trail:
 
         try:
             if chain.away_since is None:
-                self._ledger.append(chain.writer, before=chain.n, rows=collect)
+                if not chain.registered:
+                    self._ledger.register(chain.writer)
+                    chain.registered = True
+                self._ledger.append(collect)
                 chain.advance(rows)
+                if self._keeper is None:
+                    self._start_keeper()
                 _settle(tickets, None)
                 return
         except DatabaseUnavailable as error:
             chain.away(self._clock.elapsed(), full=_is_full(error))
             log(Event.AUDIT_SPOOLING, entries=len(rows), reason=error.detail)
-        except (Fenced, IntegrityError):
+        except IntegrityError:
             chain.away(self._clock.elapsed(), full=False)
             chain.certain = False
-            log(Event.AUDIT_UNAVAILABLE, reason="The stored head is not where this process left it.")
+            log(Event.AUDIT_UNAVAILABLE, reason="The stored rows are not as this process left them.")
         except BaseException:
             chain.away(self._clock.elapsed(), full=False)
             chain.certain = False
@@ -386,22 +406,66 @@ class Trail:
         at = int(self._clock.timestamp() * 1_000_000)
         writer, n, mac = chain.writer.id, chain.n, chain.mac
         rows = []
-        for ticket in tickets:
+        for texts in (texts for ticket in tickets for texts in ticket.texts):
             n += 1
-            row = Row(writer, n, at, *ticket.texts, b"")
-            mac = self._keys.mac(mac, row)
-            rows.append(Row(writer, n, at, *ticket.texts, mac))
+            mac = self._keys.mac(mac, Row(writer, n, at, *texts, b""))
+            rows.append(Row(writer, n, at, *texts, mac))
         return rows
 
     def _new_chain(self) -> _Chain:
-        started = int(self._clock.timestamp() * 1_000_000)
-        writer = Writer(secrets.token_hex(16), socket.gethostname(), started)
+        chain = self._chain_with(None)
         try:
-            spool = Spool.create(self._state_dir, writer.id, reserve=self._reserve)
+            chain.spool = Spool.create(self._state_dir, chain.writer.id, reserve=self._reserve)
         except OSError as error:
             log(Event.AUDIT_UNAVAILABLE, reason=f"No reserve: {error.strerror}.")
-            spool = None
+        return chain
+
+    def _chain_with(self, spool: Spool | None) -> _Chain:
+        started = int(self._clock.timestamp() * 1_000_000)
+        writer = Writer(secrets.token_hex(16), socket.gethostname(), started)
         return _Chain(writer, spool, self._keys.origin(writer.id))
+
+    # ---------------------------------------------------------------------------------- the stored head
+
+    def _start_keeper(self) -> None:
+        self._keeper = threading.Thread(target=self._keep_head, name="audit-head", daemon=True)
+        self._keeper.start()
+
+    def _keep_head(self) -> None:
+        stopped, idle = self._stopped, 0
+        while not self._clock.wait(stopped, _HEAD_EVERY):
+            idle = 0 if self._move_head() else idle + 1
+            if idle >= _IDLE_ROUNDS:
+                with self._pen:
+                    if not _behind(self._chain):
+                        self._keeper = None  # whoever records next starts another one
+                        return
+
+    def _move_head(self) -> bool:
+        """Bring the stored head up to the rows; whether there was anything to bring."""
+        with self._heads:
+            with self._pen:
+                chain = self._chain
+                if chain is None or not _behind(chain):
+                    return False
+                before, n, mac = chain.head_n, chain.n, chain.mac
+            # Whoever records while the database is away says so; the head is tried again in the next round.
+            with suppress(DatabaseUnavailable):
+                try:
+                    self._ledger.move_head(chain.writer.id, before=before, n=n, mac=mac)
+                except Fenced:
+                    self._abandon(chain, before)
+                else:
+                    with self._pen:
+                        chain.head_moved(before, n)
+            return True
+
+    def _abandon(self, chain: _Chain, before: int) -> None:
+        """Leave a chain that is not where it was left, as after a backup was put in its place under us."""
+        with self._pen:
+            if self._chain is chain and chain.away_since is None and chain.head_n == before:
+                log(Event.AUDIT_UNAVAILABLE, reason="The stored head is not where this process left it.")
+                self._chain = self._chain_with(chain.spool)
 
     # --------------------------------------------------------------------------------------- returning
 
@@ -425,9 +489,13 @@ class Trail:
                     return True
                 self._deliver(chain.spool, done)
                 if not chain.certain:
-                    chain.believe(self._ledger, self._keys)
+                    self._ledger.writer(
+                        chain.writer.id
+                    )  # there may have been nothing to deliver: does it answer?
                 spooled = chain.back()
                 self._reviver = None  # under the pen: who finds the database away next starts another one
+                if not chain.certain:
+                    self._chain = self._chain_with(chain.spool)
         except (DatabaseUnavailable, OSError):
             return False
         log(Event.AUDIT_CAUGHT_UP, entries=spooled)
@@ -463,11 +531,11 @@ class Trail:
 
 
 class _Ticket:
-    """One thread's row on its way; `woken` is released when it is settled, or when its thread shall lead."""
+    """One thread's rows on their way; `woken` is released when it is settled, or when its thread shall lead."""
 
     __slots__ = ("failure", "next", "settled", "texts", "woken")
 
-    def __init__(self, texts: tuple[str, str, str, str, str | None]) -> None:
+    def __init__(self, texts: Sequence[tuple[str, str, str, str, str | None]]) -> None:
         self.texts = texts
         self.settled = False
         self.failure: str | None = None
@@ -485,13 +553,27 @@ class _Ticket:
 class _Chain:
     """The state of this process start's chain; touched only by who holds the pen."""
 
-    __slots__ = ("away_since", "certain", "full", "mac", "n", "spool", "spooled", "told", "writer")
+    __slots__ = (
+        "away_since",
+        "certain",
+        "full",
+        "head_n",
+        "mac",
+        "n",
+        "registered",
+        "spool",
+        "spooled",
+        "told",
+        "writer",
+    )
 
     def __init__(self, writer: Writer, spool: Spool | None, origin: bytes) -> None:
         self.writer = writer
         self.spool = spool
         self.n = 0
         self.mac = origin
+        self.registered = False
+        self.head_n = 0  # what the database holds as head
         self.certain = True
         self.away_since: float | None = None
         self.full = False
@@ -501,6 +583,10 @@ class _Chain:
     def advance(self, rows: Sequence[Row]) -> None:
         self.n, self.mac = rows[-1].n, rows[-1].mac
 
+    def head_moved(self, before: int, n: int) -> None:
+        if self.head_n == before:  # else what was spooled came in meanwhile and raised it further
+            self.head_n = n
+
     def away(self, now: float, *, full: bool) -> None:
         self.away_since, self.full = now, full
 
@@ -508,6 +594,8 @@ class _Chain:
         if self.spool is not None and not self.spool.empty:
             self.spool.clear()
         spooled, self.spooled = self.spooled, 0
+        if spooled:  # bringing them in registered the writer and raised its head
+            self.registered, self.head_n = True, self.n
         self.away_since, self.full, self.told = None, False, False
         return spooled
 
@@ -523,14 +611,9 @@ class _Chain:
         self.advance(rows)
         self.spooled += len(rows)
 
-    def believe(self, ledger: Ledger, keys: ChainKeys) -> None:
-        """Take the head over from the database."""
-        stored = ledger.writer(self.writer.id)
-        if stored is None:
-            self.n, self.mac = 0, keys.origin(self.writer.id)
-        else:
-            self.n, self.mac = stored.head_n, stored.head_mac[:32]
-        self.certain = True
+
+def _behind(chain: _Chain | None) -> bool:
+    return chain is not None and chain.away_since is None and chain.head_n != chain.n
 
 
 def _settle(tickets: Sequence[_Ticket], failure: str | None) -> None:

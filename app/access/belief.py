@@ -16,6 +16,8 @@ class EpochSource(Protocol):
 
     def look(self) -> Epochs: ...
 
+    def glance(self) -> Epochs | None: ...
+
 
 class Belief:
     """The epochs, or for `outage_grace` seconds after the last good look the last ones seen (P3 before P6
@@ -36,3 +38,7 @@ class Belief:
             if last is None or self._clock.elapsed() - last.read_at > self._outage_grace:
                 raise
             return last
+
+    def glance(self) -> Epochs | None:
+        """Where the epochs stand if that is known right now; never waits."""
+        return self._watch.glance()

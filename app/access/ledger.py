@@ -1,13 +1,13 @@
 """The SQL of the trail: the only file that touches `audit` and `audit_writers`.
 
-Appending goes through the driver's own SQL, because it happens once for every hand-out: SQLite takes rows
-one by one without a round trip, PostgreSQL takes them as one statement over arrays, whose text is the same
-for any number of rows.
+Appending happens once for every hand-out, so it is one statement that is a transaction of its own, sent past SQLAlchemy:
+under load every call into a driver gives the interpreter away, and getting it back costs more than the statement. The head
+row is therefore not part of it; `Trail` moves the head behind the rows, once a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -26,27 +26,24 @@ __all__ = ["Fenced", "Ledger", "StoredWriter", "Writer"]
 
 _COLUMNS: Final = "writer, n, at, actor, action, target, outcome, detail, mac"
 _ONE_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_ROWS_AT_ONCE: Final = 100
 _INSERT: Final = {
     "sqlite": f"INSERT INTO audit ({_COLUMNS}) VALUES {_ONE_ROW}",  # noqa: S608 - all constant
+    # The same text for any number of rows: a column is an array.
     "postgresql": (
-        f"INSERT INTO audit ({_COLUMNS}) SELECT * FROM unnest("  # noqa: S608 - all constant
-        "%s::text[], %s::bigint[], %s::bigint[], %s::text[], %s::text[],"
-        " %s::text[], %s::text[], %s::text[], %s::bytea[])"
+        f"INSERT INTO audit ({_COLUMNS}) SELECT $1::text, rows.* FROM unnest("  # noqa: S608 - all constant
+        "$2::bigint[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::bytea[]) AS rows"
     ),
 }
-_ONCE: Final = " ON CONFLICT (writer, n) DO NOTHING"
-_ADVANCE: Final = {
+_INSERT_ONCE: Final = text(
+    f"INSERT INTO audit ({_COLUMNS}) VALUES"  # noqa: S608 - all constant
+    " (:writer, :n, :at, :actor, :action, :target, :outcome, :detail, :mac) ON CONFLICT (writer, n) DO NOTHING"
+)
+_MOVE_HEAD: Final = {
     "sqlite": "UPDATE audit_writers SET head_n = ?, head_mac = ? WHERE id = ? AND head_n = ?",
-    "postgresql": "UPDATE audit_writers SET head_n = %s, head_mac = %s WHERE id = %s AND head_n = %s",
+    "postgresql": (
+        "UPDATE audit_writers SET head_n = $1::bigint, head_mac = $2::bytea WHERE id = $3::text AND head_n = $4::bigint"
+    ),
 }
-# Head and rows in one statement, which is one transaction and one round trip: it happens for every hand-out.
-_APPEND: Final = (
-    "WITH moved AS (UPDATE audit_writers SET head_n = $1::bigint, head_mac = $2::bytea"  # noqa: S608 - all constant
-    " WHERE id = $3::text AND head_n = $4::bigint RETURNING id)"
-    f" INSERT INTO audit ({_COLUMNS}) SELECT moved.id, rows.* FROM moved, unnest($5::bigint[], $6::bigint[],"
-    " $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::bytea[]) AS rows"
-).encode()
 _REGISTER: Final = (
     "INSERT INTO audit_writers (id, host, started_at, kept_n, kept_mac, head_n, head_mac)"
     " VALUES (:id, :host, :started, 0, :kept, :n, :head)"
@@ -70,7 +67,7 @@ _STORED: Final = (
 
 
 class Fenced(Exception):
-    """The stored head is not where this writer left it; it must be read again before anything is appended."""
+    """The stored head is not where this writer left it: somebody put another state of the database in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,64 +96,39 @@ class Ledger:
     def __init__(self, database: Database, keys: ChainKeys) -> None:
         self._database = database
         self._keys = keys
-        self._insert = _INSERT[database.dialect]
-        self._advance = _ADVANCE[database.dialect]
-        if database.dialect == "postgresql":
-            from app.db.postgresql import send  # its driver is not even loaded for SQLite
+        self._rows_at_once = _many if database.dialect == "sqlite" else _columns
+        self._move_head = _MOVE_HEAD[database.dialect]
 
-            self._send = send
+    def register(self, writer: Writer) -> None:
+        """Store a writer that has no rows yet."""
+        with self._database.write() as connection:
+            self._register(
+                connection, writer, 0, self._head(writer.id, 0, self._keys.origin(writer.id)), _REGISTER
+            )
 
-    def append(self, writer: Writer, *, before: int, rows: Callable[[], Sequence[Row]]) -> None:
-        """Append what `rows` gives behind head number `before` and move the head; raises `Fenced`.
+    def append(self, rows: Callable[[], Sequence[Row]]) -> None:
+        """Append what `rows` gives, all of it or nothing.
 
         `rows` is called when it is this process's turn to write, so that who came while it waited is in the commit.
         """
-        if self._database.dialect == "postgresql" and before:
-            self._append_at_once(writer, before, rows())
-            return
-        with self._database.write() as connection:
-            self._add(connection, writer, before=before, rows=rows())
+        with self._database.single() as run:
+            statement, values = self._rows_at_once(rows())
+            run(statement, values)
 
-    def _append_at_once(self, writer: Writer, before: int, rows: Sequence[Row]) -> None:
-        end = rows[-1]
-        head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
-        _, numbers, moments, *texts, macs = zip(*rows, strict=True)
-        columns = [
-            "{" + ",".join(map(str, numbers)) + "}",
-            "{" + ",".join(map(str, moments)) + "}",
-            *map(_array, texts),
-            "{" + ",".join([f'"\\\\x{mac.hex()}"' for mac in macs]) + "}",
-        ]
-        values = (
-            b"%d" % end.n,
-            b"\\x%b" % head.hex().encode(),
-            writer.id.encode(),
-            b"%d" % before,
-            *map(str.encode, columns),
-        )
-        with self._database.single() as connection:
-            added = self._send(connection, _APPEND, values)
-        if added != len(rows):
-            raise Fenced
-
-    def _add(self, connection: Connection, writer: Writer, *, before: int, rows: Sequence[Row]) -> None:
-        self._insert_rows(connection, rows, self._insert)
-        end = rows[-1]
-        head = encode_head(self._keys, "head", writer.id, end.n, end.mac)
-        if before == 0:
-            self._register(connection, writer, end.n, head, _REGISTER)
-            return
-        moved = connection.exec_driver_sql(self._advance, (end.n, head, writer.id, before))
-        if moved.rowcount != 1:
+    def move_head(self, writer: str, *, before: int, n: int, mac: bytes) -> None:
+        """Move the stored head from number `before` to `n`; raises `Fenced` when it is not at `before`."""
+        with self._database.single() as run:
+            moved = run(self._move_head, (n, self._head(writer, n, mac), writer, before))
+        if moved != 1:
             raise Fenced
 
     def deliver(self, batch: Batch) -> None:
         """Bring a spooled batch in, in a transaction of its own; doing it twice is doing it once."""
         end = batch.rows[-1]
-        head = encode_head(self._keys, "head", batch.writer, end.n, end.mac)
+        head = self._head(batch.writer, end.n, end.mac)
         writer = Writer(batch.writer, batch.host, batch.started)
         with self._database.write() as connection:
-            self._insert_rows(connection, batch.rows, self._insert + _ONCE)
+            connection.execute(_INSERT_ONCE, [row._asdict() for row in batch.rows])
             self._register(connection, writer, end.n, head, _REGISTER + _RAISE_HEAD)
 
     def writer(self, writer: str) -> StoredWriter | None:
@@ -237,9 +209,15 @@ class Ledger:
         with self._database.read() as connection:
             return connection.scalar(question.limit(1))
 
+    def newest(self, writer: str) -> int:
+        """The highest number of a writer's rows, 0 without any."""
+        question = select(audit.c.n).where(audit.c.writer == writer).order_by(audit.c.n.desc()).limit(1)
+        with self._database.read() as connection:
+            return connection.scalar(question) or 0
+
     def forget(self, writer: str, *, kept_before: int, up_to: int, mac: bytes) -> int:
         """Remove rows up to a number and put the kept head there, in one transaction; the count of rows
-        removed.
+        removed. A head that a killed writer left behind them comes along.
         """
         kept = encode_head(self._keys, "kept", writer, up_to, mac)
         with self._database.write() as connection:
@@ -250,17 +228,17 @@ class Ledger:
             )
             if moved.rowcount != 1:  # somebody else prunes at this moment
                 return 0
+            connection.execute(
+                update(audit_writers)
+                .where(audit_writers.c.id == writer, audit_writers.c.head_n < up_to)
+                .values(head_n=up_to, head_mac=self._head(writer, up_to, mac))
+            )
             return connection.execute(
                 delete(audit).where(audit.c.writer == writer, audit.c.n <= up_to)
             ).rowcount
 
-    def _insert_rows(self, connection: Connection, rows: Sequence[Row], statement: str) -> None:
-        if self._database.dialect == "sqlite":
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                some = rows[start : start + _ROWS_AT_ONCE]
-                connection.exec_driver_sql(_many(statement, len(some)), tuple(chain.from_iterable(some)))
-            return
-        connection.exec_driver_sql(statement, tuple(list(column) for column in zip(*rows, strict=True)))
+    def _head(self, writer: str, n: int, mac: bytes) -> bytes:
+        return encode_head(self._keys, "head", writer, n, mac)
 
     def _register(self, connection: Connection, writer: Writer, n: int, head: bytes, statement: str) -> None:
         kept = encode_head(self._keys, "kept", writer.id, 0, self._keys.origin(writer.id))
@@ -275,26 +253,30 @@ class Ledger:
         connection.execute(text(statement), values)
 
 
-@lru_cache(maxsize=2 * _ROWS_AT_ONCE)
-def _many(statement: str, count: int) -> str:
-    """An INSERT of one row as one of many: between two rows the driver gives the interpreter away, and under load getting
-    it back costs more than the row."""
-    return statement.replace(_ONE_ROW, ", ".join([_ONE_ROW] * count))
+def _many(rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:
+    return _inserting(len(rows)), tuple(chain.from_iterable(rows))
 
 
-def _array(values: Sequence[Any]) -> str:
-    """An array as PostgreSQL writes it (manual, 8.15.2): an eighth of the driver's own work for lists."""
-    return "{" + ",".join(map(_element, values)) + "}"
+@lru_cache(maxsize=128)  # as many statements as the driver keeps prepared
+def _inserting(count: int) -> str:
+    return _INSERT["sqlite"].replace(_ONE_ROW, ", ".join([_ONE_ROW] * count))
+
+
+def _columns(rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:
+    """Arrays as PostgreSQL writes them (manual, 8.15.2): an eighth of the driver's own work for lists."""
+    _, numbers, moments, *texts, macs = zip(*rows, strict=True)
+    arrays = [*map(_array, (numbers, moments)), *(_array(map(_element, column)) for column in texts)]
+    return _INSERT["postgresql"], (rows[0].writer, *arrays, _array(f'"\\\\x{mac.hex()}"' for mac in macs))
+
+
+def _array(elements: Iterable[object]) -> str:
+    return "{" + ",".join(map(str, elements)) + "}"
 
 
 @lru_cache(maxsize=4096)  # the same few texts make up nearly all rows
-def _element(value: str | int | bytes | None) -> str:
+def _element(value: str | None) -> str:
     if value is None:
         return "NULL"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, bytes):
-        return f'"\\\\x{value.hex()}"'
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 

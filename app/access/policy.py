@@ -7,7 +7,7 @@ decides on what is true in the present epoch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from app.access.audit import Detail, Entry, Trail
@@ -54,6 +54,13 @@ class Access:
         """The same question without a record: for listing what a caller may see."""
         return self._decide(caller, action, target) is True
 
+    def remembers(self, caller: Caller, action: Action, target: str) -> bool:
+        """Whether the caller is known to be allowed, in the present epoch; never waits, and false may mean unknown."""
+        epochs, known = self._epochs.glance(), self._known
+        if epochs is None or known.epoch != epochs.access:
+            return False
+        return known.answers.get(_question(caller, action, target)) is True
+
     def record(
         self,
         actor: str,
@@ -66,10 +73,14 @@ class Access:
         """Put something on record, durably, before the answer leaves; raises `AuditUnavailable`."""
         self._trail.record(Entry(actor, event, target, outcome, detail))
 
+    def record_all(self, entries: Sequence[Entry]) -> None:
+        """The same for several things, which share one wait for the disk."""
+        self._trail.record_all(entries)
+
     def _decide(self, caller: Caller, action: Action, target: str) -> bool | None:
         """Whether it may; None when the caller is no longer the one that proved itself."""
         known = self._present()
-        question = (caller.id, caller.version, caller.scopes, action, target)
+        question = _question(caller, action, target)
         try:
             return known.answers[question]
         except KeyError:
@@ -98,6 +109,10 @@ class Access:
         if known.epoch != epoch:
             known = self._known = _Known(epoch)
         return known
+
+
+def _question(caller: Caller, action: Action, target: str) -> _Question:
+    return caller.id, caller.version, caller.scopes, action, target
 
 
 class _Known:

@@ -14,7 +14,7 @@ import copy
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from app.access.audit import Entry
 from app.access.belief import EpochSource
 from app.access.callers import Caller
 from app.access.policy import Access, Action
@@ -29,11 +30,12 @@ from app.broker.connection import AdminState, Connection, Tokens
 from app.broker.refresh import EndingKind, Refresher, trouble_of
 from app.broker.store import Store
 from app.clock import Clock
+from app.db.epoch import Epochs
 from app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, RefreshInProgress
 from app.secret import Secret
 from app.telemetry import Event, metrics
 
-__all__ = ["DEFAULT_MAX_WAIT", "LONGEST_MAX_WAIT", "HandOut", "Issuer"]
+__all__ = ["DEFAULT_MAX_WAIT", "LONGEST_MAX_WAIT", "HandOut", "Issuer", "Ready"]
 
 DEFAULT_MAX_WAIT: Final = 10.0
 LONGEST_MAX_WAIT: Final = 30.0
@@ -67,6 +69,15 @@ class HandOut:
     def left(self, now: float) -> float:
         """Seconds the token still lives."""
         return self.expires - now
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A hand-out that lacks nothing but its record; `needed` is the seconds the token must still live."""
+
+    caller: Caller
+    token: HandOut
+    needed: float
 
 
 class Issuer:
@@ -127,6 +138,47 @@ class Issuer:
                 deadline = self._clock.elapsed() + _bounded(max_wait)
             self._wait_for_another(caller, token, deadline=deadline, forced=refused)
 
+    def ready(self, caller: Caller, name: str, *, min_ttl: float | None = None) -> Ready | None:
+        """The hand-out if everything it needs is known in this process; None when `issue` has to find out, wait or refuse.
+
+        Never waits and records nothing.
+        """
+        epochs, token = self._epochs.glance(), self._known.get(name)
+        if epochs is None or epochs.connections != self._seen_epoch or token is None:
+            return None
+        if not self._access.remembers(caller, Action.TOKEN_ISSUE, name):
+            return None
+        if not token.enabled or (min_ttl is not None and min_ttl > token.life / 2):
+            return None
+        needed = _needed(token, min_ttl)
+        return Ready(caller, token, needed) if token.left(self._clock.timestamp()) >= needed else None
+
+    def hand_out(self, those: Sequence[Ready]) -> list[HandOut | None]:
+        """Record them all with one wait for the disk; None for each that `issue` has to decide anew.
+
+        Raises `AuditUnavailable`; then nothing may leave.
+        """
+        began = self._clock.elapsed()
+        self._access.record_all([_entry(one.caller, one.token) for one in those])
+        slow = self._clock.elapsed() - began > _SLOW_RECORD
+        now = self._clock.timestamp()
+        handed: list[HandOut | None] = []
+        for one in those:
+            good = one.token.left(now) >= one.needed and not (slow and self._has_changed(one))
+            if good:
+                self._handed.append((one.token, "kept"))
+            handed.append(one.token if good else None)
+        return handed
+
+    def learn(self, epochs: Epochs) -> None:
+        """Drop what has changed since the last call, as soon as a change is noticed and not when somebody asks.
+
+        Were the database gone by then, no token that this process knows could be told from one that was changed. Raises
+        `DatabaseUnavailable`.
+        """
+        if epochs.connections != self._seen_epoch:
+            self._drop_changed(epochs.connections)
+
     def waiting(self) -> int:
         """How many threads may still begin to wait."""
         return self._room._value  # the semaphore offers no other way to look
@@ -149,18 +201,16 @@ class Issuer:
     def _recorded(self, caller: Caller, token: HandOut, needed: float) -> bool:
         """Record the hand-out; false when the token did not outlive that or something may have changed meanwhile."""
         began = self._clock.elapsed()
-        self._access.record(
-            caller.actor,
-            Event.TOKEN_ISSUED,
-            target=token.connection,
-            outcome="issued",
-            detail={"generation": token.generation},
-        )
+        self._access.record_all([_entry(caller, token)])
         if self._clock.elapsed() - began > _SLOW_RECORD:
             self._access.require(caller, Action.TOKEN_ISSUE, token.connection)
             if self._current(token.connection) is not token:
                 return False
         return token.left(self._clock.timestamp()) >= needed
+
+    def _has_changed(self, one: Ready) -> bool:
+        again = self.ready(one.caller, one.token.connection)
+        return again is None or again.token is not one.token
 
     # What this process knows
 
@@ -177,7 +227,7 @@ class Issuer:
         try:
             if epoch <= self._seen_epoch:
                 return
-            if self._seen_epoch >= 0:
+            if self._seen_epoch >= 0 and self._known:
                 for identifier in self._outdated(self._seen_epoch, epoch):
                     self._known.pop(self._names.pop(identifier, ""), None)
             self._seen_epoch = epoch
@@ -284,6 +334,12 @@ class Issuer:
 
     def _deny(self, caller: Caller, token: HandOut, code: str) -> None:
         self._access.record(caller.actor, Event.TOKEN_REFUSED, target=token.connection, outcome=code)
+
+
+def _entry(caller: Caller, token: HandOut) -> Entry:
+    return Entry(
+        caller.actor, Event.TOKEN_ISSUED, token.connection, "issued", {"generation": token.generation}
+    )
 
 
 def _needed(token: HandOut, min_ttl: float | None) -> float:

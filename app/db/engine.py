@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
 
@@ -41,6 +42,8 @@ _POSTGRESQL_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+ps
 _SQLITE_SCHEMES: Final = frozenset({"sqlite", "sqlite+pysqlite"})
 
 Dialect = Literal["sqlite", "postgresql"]
+Value = str | int | bytes | None
+Run = Callable[[str, Sequence[Value]], int]
 
 
 def open_databases(settings: Settings, clock: Clock) -> tuple[Database, Database]:
@@ -106,22 +109,28 @@ class Database:
             self._raise_in_our_words(error)
 
     @contextmanager
-    def single(self) -> Iterator[Connection]:
-        """A connection for exactly one statement that is a transaction of its own: one round trip instead of four.
+    def single(self, *, patience: float = PATIENCE) -> Iterator[Run]:
+        """Gives a function that runs exactly one statement, which is a transaction of its own, and counts its rows.
 
-        It is kept open for the next such statement, outside the pool.
+        One round trip instead of four, past SQLAlchemy, with the placeholders of the database itself (`?`, or `$1` and
+        following), on a connection that is kept open for the next such statement outside the pool.
 
-        Raises `DatabaseUnavailable`; whether the statement was stored is then unknown. On SQLite use `write()`: there only
-        it waits for its turn.
+        Raises `DatabaseUnavailable`; whether the statement was stored is then unknown. Lets
+        `sqlalchemy.exc.IntegrityError` through. `patience` is the seconds to wait for one's turn.
         """
         connection = None
         try:
-            connection = self._take_kept() or self._engine.connect()
-            yield connection
+            with self._kind.gate(patience):
+                connection = self._take_kept() or self._engine.connect()
+                yield partial(self._kind.send, connection)
         except (exc.DBAPIError, exc.TimeoutError) as error:
             if connection is not None:
                 connection.close()
             self._raise_in_our_words(error)
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
         else:
             # Kept for the next one: taking a connection out of the pool costs more than such a statement.
             self._kept.append((connection, self._clock.elapsed()))
@@ -155,12 +164,13 @@ class Database:
 
     def dispose(self) -> None:
         """Close the idle connections; the next use opens new ones."""
-        while self._kept:
-            self._kept.pop()[0].close()
+        self._close_kept()
         self._engine.dispose()
 
     def before_fork(self) -> None:
         """Leave nothing open that a child could spoil; called by itself."""
+        if self.dialect == "sqlite":
+            self._close_kept()
         self._kind.before_fork(self._engine)
 
     def after_fork(self, *, child: bool) -> None:
@@ -171,6 +181,10 @@ class Database:
             self._kept = deque()
             self._engine.dispose(close=False)
         self._kind.after_fork(child=child)
+
+    def _close_kept(self) -> None:
+        while self._kept:
+            self._kept.pop()[0].close()
 
     def _raise_in_our_words(self, error: exc.SQLAlchemyError) -> NoReturn:
         sentence: str | None = "All connections to the database are busy."
@@ -198,6 +212,8 @@ class _Kind(Protocol):
     def take_turns(self, connection: Connection, name: str) -> None: ...
 
     def insist_unbroken(self, connection: Connection) -> None: ...
+
+    def send(self, connection: Connection, statement: str, values: Sequence[Value]) -> int: ...
 
     def explain(self, error: exc.DBAPIError) -> str | None: ...
 

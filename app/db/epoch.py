@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import Final, Literal
@@ -76,7 +77,16 @@ class EpochWatch:
         self._wake = threading.Event()
         self._news = threading.Condition()
         self._outage: str | None = None
+        self._followers: list[Callable[[Epochs], None]] = []
         _call_after_fork(self)
+
+    def follow(self, follower: Callable[[Epochs], None]) -> None:
+        """Have `follower` called with each reading that differs from the last, before anybody else sees it.
+
+        It finds out what has changed. When it raises `DatabaseUnavailable` the reading does not count: a process that
+        knew that something has changed, but not what, could believe nothing any more until the database is back.
+        """
+        self._followers.append(follower)
 
     def start(self) -> None:
         """Begin to poll in a background thread; starting twice does nothing."""
@@ -104,14 +114,15 @@ class EpochWatch:
 
         Raises `DatabaseUnavailable`: within 2 s when the thread runs, at once while it knows of the outage.
         """
-        fresh = self._fresh()
+        fresh = self.glance()
         if fresh is not None:
             return fresh
         if self._thread is not None and self._thread.is_alive():
             return self._ask_thread()
         return self._read()
 
-    def _fresh(self) -> Epochs | None:
+    def glance(self) -> Epochs | None:
+        """Both counters if the last reading is fresh enough, without waiting for anything."""
         return self.last if self.age <= OLDEST else None
 
     def _ask_thread(self) -> Epochs:
@@ -120,8 +131,8 @@ class EpochWatch:
         if self._outage is None:  # else it tries again by itself soon enough
             self._wake.set()
         with self._news:
-            self._news.wait_for(lambda: self._fresh() or self._outage, _LONGEST_LOOK)
-        fresh = self._fresh()
+            self._news.wait_for(lambda: self.glance() or self._outage, _LONGEST_LOOK)
+        fresh = self.glance()
         if fresh is None:
             raise DatabaseUnavailable(self._outage or "The database does not answer.")
         return fresh
@@ -143,6 +154,9 @@ class EpochWatch:
         with self._database.read() as connection:
             values = {row.name: row.value for row in connection.execute(sa.select(epochs))}
         found = Epochs(values["access"], values["connections"], asked)
+        if self.last is None or (found.access, found.connections) != (self.last.access, self.last.connections):
+            for follower in self._followers:
+                follower(found)
         if self.last is None or self.last.read_at <= asked:  # a slow read must not undo a newer one
             self.last = found
         return found

@@ -18,7 +18,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from app.clock import Clock
 
-__all__ = ["Postgresql", "send"]
+__all__ = ["Postgresql"]
 
 WAIT: Final = 5.0  # seconds for a free connection of the pool
 _ANSWER_LIMIT: Final = 15.0  # seconds without an answer from the server before a connection is given up
@@ -91,6 +91,25 @@ class Postgresql:
                 "a statement failed inside write(); to survive that use connection.begin_nested()"
             )
 
+    def send(self, connection: Connection, statement: str, values: Sequence[str | int | bytes | None]) -> int:
+        """Run one statement that is a transaction of its own and return how many rows it touched.
+
+        Straight through libpq: the driver hands the interpreter over several times for each statement, and under load
+        getting it back costs more than the statement itself. Raises SQLAlchemy's errors.
+        """
+        raw = _impatient(connection)
+        try:
+            result = _answer(raw, statement.encode(), [_text(value) for value in values])
+            if result.status != ExecStatus.COMMAND_OK:
+                raise psycopg.errors.error_from_result(result)
+        except psycopg.IntegrityError as error:
+            raise exc.IntegrityError(None, None, error) from error
+        except psycopg.Error as error:
+            if raw.closed:
+                connection.invalidate()
+            raise exc.OperationalError(None, None, error, connection_invalidated=raw.closed) from error
+        return result.command_tuples or 0
+
     def explain(self, error: exc.DBAPIError) -> str | None:
         state = getattr(error.orig, "sqlstate", None)
         if state is None:
@@ -127,27 +146,6 @@ class Postgresql:
             raise exc.InvalidatePoolError from error
 
 
-def send(connection: Connection, statement: bytes, values: Sequence[bytes | None]) -> int:
-    """Run one statement that is a transaction of its own and return how many rows it touched.
-
-    Straight through libpq, with `$1` for the first value: the driver hands the interpreter over several times for each
-    statement, and under load getting it back costs more than the statement itself. For the one statement that runs at
-    every hand-out. Raises SQLAlchemy's errors, as `Connection.execute` would.
-    """
-    raw = cast(_Impatient, connection.connection.dbapi_connection)
-    try:
-        result = _answer(raw, statement, values)
-        if result.status != ExecStatus.COMMAND_OK:
-            raise psycopg.errors.error_from_result(result)
-    except psycopg.IntegrityError as error:
-        raise exc.IntegrityError(None, None, error) from error
-    except psycopg.Error as error:
-        if raw.closed:
-            connection.invalidate()
-        raise exc.OperationalError(None, None, error, connection_invalidated=raw.closed) from error
-    return result.command_tuples or 0
-
-
 def _answer(raw: _Impatient, statement: bytes, values: Sequence[bytes | None]) -> PGresult:
     line = raw.pgconn
     line.send_query_params(statement, values)
@@ -162,6 +160,13 @@ def _answer(raw: _Impatient, statement: bytes, values: Sequence[bytes | None]) -
     if result is None:
         raise psycopg.OperationalError("the server ended the connection")
     return result
+
+
+def _text(value: str | int | bytes | None) -> bytes | None:
+    """A parameter in PostgreSQL's text form."""
+    if value is None or isinstance(value, bytes):
+        return None if value is None else b"\\x%b" % value.hex().encode()
+    return str(value).encode()
 
 
 class _Impatient(psycopg.Connection[Any]):

@@ -8,10 +8,10 @@ import hashlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, cast
 from weakref import WeakSet
 
 import sqlalchemy as sa
@@ -81,6 +81,16 @@ class Sqlite:
 
     def insist_unbroken(self, connection: Connection) -> None:
         """Nothing to ask: SQLite undoes a failed statement alone and the transaction lives on."""
+
+    def send(self, connection: Connection, statement: str, values: Sequence[str | int | bytes | None]) -> int:
+        """Run one statement outside any transaction and return how many rows it touched; raises SQLAlchemy's errors."""
+        raw = cast(_Raw, connection.connection.dbapi_connection)
+        try:
+            return raw.execute(statement, values).rowcount
+        except sqlite3.IntegrityError as error:
+            raise exc.IntegrityError(None, None, error) from error
+        except sqlite3.Error as error:
+            raise exc.OperationalError(None, None, error) from error
 
     def explain(self, error: exc.DBAPIError) -> str | None:
         code = getattr(error.orig, "sqlite_errorcode", None)

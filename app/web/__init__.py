@@ -10,6 +10,7 @@ Owns routes, the strict reading of what comes in, cookies and CSRF, the pages, a
     asking        who asks: caller, admin, address behind proxies
     problems      every error as an answer
     tokens        the hand-out path
+    express_worker  gunicorn's worker, in which token requests that arrive together share a thread and a wait
     connections   list, show, refresh, switch, disconnect
     oauth         our own authorization server's endpoints
     connect       the browser's trip to a provider and back

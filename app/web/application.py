@@ -14,7 +14,7 @@ from app.web.arguments import LARGEST_BODY
 from app.web.connections import FORCED_PLACES
 from app.web.envelope import Envelope
 from app.web.health import READINESS, MetricsListener, Readiness
-from app.web.tokens import Shortcut, TokenViews
+from app.web.tokens import EXPRESS, Express, Shortcut, TokenViews
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -63,7 +63,9 @@ def _route(app: Flask, tokens: TokenViews) -> None:
 def _wrap(app: Flask, services: Services, tokens: TokenViews) -> None:
     settings = services.settings
     inner: WSGIApplication = Shortcut(app.wsgi_app, tokens)
+    metrics: MetricsListener | None = None
     if settings.metrics_bind is not None:
-        inner = MetricsListener(inner, settings.metrics_bind, beside=settings.bind)
-    https = settings.public_url.startswith("https://")
-    app.wsgi_app = Envelope(inner, https=https)  # type: ignore[method-assign]
+        inner = metrics = MetricsListener(inner, settings.metrics_bind, beside=settings.bind)
+    envelope = Envelope(inner, https=settings.public_url.startswith("https://"))
+    app.wsgi_app = envelope  # type: ignore[method-assign]
+    app.extensions[EXPRESS] = Express(services, tokens, envelope, metrics)

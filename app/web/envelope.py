@@ -49,16 +49,20 @@ class Envelope:
         self._origin = secrets.token_hex(6)
         self._numbers = itertools.count(1)
 
+    def stamp(self, environ: WSGIEnvironment) -> tuple[tuple[str, str], ...]:
+        """Give the request its id; what an answer to it carries beside its own headers."""
+        request_id = environ[REQUEST_ID] = f"{self._origin}-{next(self._numbers):x}"
+        return (*self._headers_for(environ.get("PATH_INFO", "")), ("X-Request-ID", request_id))
+
     def _headers_for(self, path: str) -> tuple[tuple[str, str], ...]:
         if path.startswith("/v1/"):
             return self._data  # JSON for programs: most of what only holds browsers to something is left out
         return self._connect if path.startswith("/connect/") else self._usual
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        request_id = environ[REQUEST_ID] = f"{self._origin}-{next(self._numbers):x}"
-        fixed = self._headers_for(environ.get("PATH_INFO", ""))
+        ours = self.stamp(environ)
 
         def begin(status: str, headers: list[tuple[str, str]], exc_info: _ExcInfo | None = None) -> Any:
-            return start_response(status, [*headers, *fixed, ("X-Request-ID", request_id)], exc_info)
+            return start_response(status, [*headers, *ours], exc_info)
 
         return self._app(environ, begin)

@@ -122,7 +122,7 @@ class MetricsListener:
         self._same_port = bind.rpartition(":")[2] == beside.rpartition(":")[2]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if not self._arrived_here(environ):
+        if not self.arrived_here(environ):
             return self._app(environ, start_response)
         found = environ.get("PATH_INFO") == "/metrics" and environ["REQUEST_METHOD"] in ("GET", "HEAD")
         body = metrics.expose() if found else b""
@@ -133,8 +133,11 @@ class MetricsListener:
         )
         return [body if environ["REQUEST_METHOD"] != "HEAD" else b""]
 
-    def _arrived_here(self, environ: WSGIEnvironment) -> bool:
-        """By the socket itself: over a unix socket SERVER_NAME and SERVER_PORT come from the Host header."""
+    def arrived_here(self, environ: WSGIEnvironment) -> bool:
+        """Whether a request came to METRICS_BIND.
+
+        By the socket itself: over a unix socket SERVER_NAME and SERVER_PORT come from the Host header.
+        """
         socket = environ.get("gunicorn.socket")
         if socket is None:
             return False

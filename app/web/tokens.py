@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from flask import Flask, Response, request
@@ -20,15 +20,20 @@ from werkzeug.exceptions import MethodNotAllowed
 
 from app.access.callers import Caller
 from app.bootstrap import Services
-from app.broker.issue import HandOut
-from app.errors import NotFound, RefreshInProgress
+from app.broker.issue import HandOut, Ready
+from app.errors import DrawbridgeError, NotFound, RefreshInProgress
 from app.web.arguments import NAME_PATTERN, read_query, read_wishes, read_wishes_body
 from app.web.asking import client_address
+from app.web.envelope import Envelope
+from app.web.health import MetricsListener
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["PATH", "Shortcut", "TokenViews"]
+__all__ = ["EXPRESS", "PATH", "Express", "Shortcut", "TokenViews"]
+
+EXPRESS: Final = "drawbridge.express"
+"""Where an application of ours keeps its `Express` among its extensions."""
 
 PATH: Final = "/v1/connections/<name:name>/token"
 _PATH: Final = re.compile(f"/v1/connections/({NAME_PATTERN})/token")
@@ -72,7 +77,7 @@ class TokenViews:
         """The body for a GET; raises what went wrong."""
         caller = self._caller(environ)
         wishes = read_wishes(environ.get("QUERY_STRING", ""))
-        return self._body(self._issue(caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait))
+        return self.body(self._issue(caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait))
 
     def post(self, name: str) -> Response:
         """The same with a JSON body, which may name a token the provider refused."""
@@ -83,13 +88,14 @@ class TokenViews:
         token = self._issue(
             caller, name, min_ttl=wishes.min_ttl, max_wait=wishes.max_wait, rejected=wishes.rejected
         )
-        return Response(self._body(token), headers=list(_HEADERS))
+        return Response(self.body(token), headers=list(_HEADERS))
 
     def _caller(self, environ: WSGIEnvironment) -> Caller:
         address = client_address(environ, self._settings)
         return self._authenticate(environ.get("HTTP_AUTHORIZATION"), address=address)
 
-    def _body(self, token: HandOut) -> bytes:
+    def body(self, token: HandOut) -> bytes:
+        """The answer's bytes; raises `RefreshInProgress` for a token that has died."""
         composed = self._composed.get(token.connection)
         if composed is None or composed[0] is not token:
             composed = self._compose(token)
@@ -122,6 +128,60 @@ class TokenViews:
             self._composed.clear()
         composed = self._composed[token.connection] = (token, head, tail)
         return composed
+
+
+class Express:
+    """Hand-outs in company: what only lacks its record is decided one by one, recorded together and answered.
+
+    For a server that has several requests in hand at once (`express_worker`). It never waits but for the record, and
+    leaves everything else, refusals included, to the usual way.
+    """
+
+    def __init__(
+        self, services: Services, views: TokenViews, envelope: Envelope, metrics: MetricsListener | None
+    ) -> None:
+        self._settings = services.settings
+        self._authentication = services.authentication
+        self._issuer = services.issuer
+        self._views = views
+        self._envelope = envelope
+        self._metrics = metrics
+
+    def begin(self, environ: WSGIEnvironment) -> Ready | None:
+        """The hand-out a GET asks for; None when it has to go the usual way, and nothing has happened then."""
+        found = _PATH.fullmatch(environ["PATH_INFO"])
+        header = environ.get("HTTP_AUTHORIZATION")
+        if found is None or header is None or (self._metrics and self._metrics.arrived_here(environ)):
+            return None
+        caller = self._authentication.recall(header)
+        if caller is None:
+            return None
+        try:
+            wishes = read_wishes(environ["QUERY_STRING"])
+            ready = self._issuer.ready(caller, found[1], min_ttl=wishes.min_ttl)
+            if ready is not None:
+                self._authentication.admit(caller, address=client_address(environ, self._settings))
+        except DrawbridgeError:
+            return None
+        return ready
+
+    def finish(self, those: Sequence[tuple[WSGIEnvironment, Ready]]) -> list[tuple[bytes, bytes] | None]:
+        """Headers (without status line, Date and the like) and body of each; None for what has to go the usual way."""
+        try:
+            handed = self._issuer.hand_out([ready for _, ready in those])
+        except DrawbridgeError:  # each is asked for again the usual way, which says what is wrong
+            return [None] * len(those)
+        return [self._answer(environ, token) for (environ, _), token in zip(those, handed, strict=True)]
+
+    def _answer(self, environ: WSGIEnvironment, token: HandOut | None) -> tuple[bytes, bytes] | None:
+        if token is None:
+            return None
+        try:
+            body = self._views.body(token)
+        except DrawbridgeError:
+            return None
+        headers = (*_HEADERS, ("Content-Length", str(len(body))), *self._envelope.stamp(environ))
+        return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1"), body
 
 
 class Shortcut:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from app.db.migrate import migrate
 from app.db.schema import audit, audit_writers
 from app.errors import AuditUnavailable
 from tests.access_stage import AUDIT_KEY, JumpingClock, databases
+from tests.broker_world import until
 from tests.contract.audit_outage import bring_back, take_away
 
 ROOT = Path(__file__).parents[2]
@@ -559,8 +561,8 @@ def test_closing_brings_in_what_is_spooled(make: Maker, database: Database, stat
     assert not list(state.glob("*.audit-spool"))
 
 
-def test_a_head_that_moved_behind_our_back_is_read_again(make: Maker, database: Database) -> None:
-    """A writer never forks its own chain: it refuses, reads its head, and goes on from there."""
+def test_rows_written_behind_our_back_end_the_chain(make: Maker, database: Database) -> None:
+    """A writer never forks its own chain: it refuses, and begins a new one when the database answers."""
     trail = make()
     trail.record(entry("one"))
     twin = make()
@@ -568,14 +570,73 @@ def test_a_head_that_moved_behind_our_back_is_read_again(make: Maker, database: 
     assert trail._chain is not None
     mac, n = trail._chain.mac, trail._chain.n
     twin.record(entry("two"))
+    twin._chain = None
     trail._chain.mac, trail._chain.n = mac, n  # as if the answer to the last commit had been lost
     with pytest.raises(AuditUnavailable):
         trail.record(entry("refused"))
     returned(trail)
     trail.record(entry("three"))
-    assert targets(trail) == ["one", "two", "three"]
+    assert sorted(targets(trail)) == ["one", "three", "two"]
     assert trail.verify().sound
-    twin._chain = None
+
+
+def stored_head(database: Database) -> int:
+    """Read the only writer's stored head."""
+    with database.read() as connection:
+        return int(connection.scalar(sa.select(audit_writers.c.head_n)) or 0)
+
+
+def head_stands_at(database: Database, n: int) -> bool:
+    """Whether the stored head is there."""
+    return stored_head(database) == n
+
+
+def test_the_stored_head_follows_the_rows_by_itself(make: Maker, database: Database) -> None:
+    """Nobody has to ask for it, and a writer that rested for long goes on as before."""
+    trail = make()
+    for n in (1, 2):
+        trail.record(entry())
+        until(partial(head_stands_at, database, n))
+
+
+def test_what_a_killed_writer_left_beyond_its_head_is_sound_and_may_be_pruned(
+    make: Maker, clock: JumpingClock, database: Database
+) -> None:
+    """The head of a killed process stays where it was; its last rows are proved by their macs all the same."""
+    killed, other = make(), make()
+    killed.record(entry("one"))
+    assert killed.verify().sound
+    killed._stopped.set()  # nobody moves its head any more
+    for target in ("two", "three"):
+        killed.record(entry(target))
+    assert stored_head(database) == 1
+    assert other.verify() == Verdict(rows=3, writers=1, bad=None)
+    clock.jump(10)
+    assert other.prune(clock.now()) == 3
+    assert other.verify() == Verdict(rows=0, writers=1, bad=None)
+    assert stored_head(database) == 3
+
+
+def test_a_backup_put_back_under_a_writer_is_noticed(make: Maker, database: Database) -> None:
+    """The rows it took away are missed by `verify`, and the writer goes on in a new chain."""
+    trail = make()
+    trail.record(entry("one"))
+    trail.verify()
+    with database.read() as connection:
+        backup = connection.execute(sa.select(audit_writers)).one()._asdict()
+    for target in ("two", "three"):
+        trail.record(entry(target))
+    trail.verify()
+    with database.write() as connection:
+        connection.execute(sa.delete(audit).where(audit.c.n > 1))
+        connection.execute(sa.update(audit_writers).values(backup))
+    trail.record(entry("four"))
+    verdict = trail.verify()
+    assert verdict.bad is not None
+    assert (verdict.bad.n, verdict.bad.why) == (2, "This row is missing.")
+    trail.record(entry("five"))
+    with database.read() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(audit_writers)) == 2
 
 
 def test_the_head_is_logged_and_can_be_held_against_the_trail(
