@@ -25,8 +25,8 @@ from app.errors import ConfigurationFault, DatabaseUnavailable
 __all__ = ["Sqlite"]
 
 WAIT: Final = 5.0  # seconds for a free connection or SQLite's own lock
-_GATE_POLLS: Final = 2000  # times 0.5 ms: one second, then SQLite's own waiting takes over
-_GATE_PAUSE: Final = 0.0005
+_GATE_POLLS: Final = 5000  # times 0.2 ms with what a pause takes: about a second, then SQLite's own waiting takes over
+_GATE_PAUSE: Final = 0.0001
 _MOUNTS: Final = Path("/proc/self/mountinfo")  # proc(5); absent on macOS
 _NETWORK_FILESYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "fuse.sshfs"}
@@ -194,7 +194,8 @@ class _Gate:
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._descriptor: int | None = None
-        self._pause = threading.Event()  # never set
+        self._pause = threading.Lock()  # never released: waiting for it is the most exact short sleep there is
+        self._pause.acquire()
 
     @contextmanager
     def held(self, patience: float) -> Iterator[None]:
@@ -221,7 +222,7 @@ class _Gate:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return self._descriptor
-                self._pause.wait(_GATE_PAUSE)
+                self._pause.acquire(timeout=_GATE_PAUSE)
         except OSError:
             return None  # a full or read-only disk: the write itself will say so, in its own words
         return None
