@@ -47,7 +47,19 @@ def main(arguments: list[str]) -> None:
             say(f"{part}: MISSING. {error}; or leave it out with --without {part}")
             sys.exit(1)
     if not options.install_only:
-        become_pytest([f"--without-{part}" for part in options.without] + for_pytest)
+        become_pytest(
+            [*side_by_side(for_pytest), *(f"--without-{part}" for part in options.without), *for_pytest]
+        )
+
+
+def side_by_side(for_pytest: list[str]) -> list[str]:
+    """Return how pytest shares the tests among processes; a debugger, or a number given by hand, goes without.
+
+    Many tests wait for clocks and processes, so there are more processes than cores.
+    """
+    if any(argument.startswith(("-n", "--numprocesses", "--pdb", "--trace")) for argument in for_pytest):
+        return []
+    return ["--numprocesses", str(2 * (os.cpu_count() or 1)), "--dist", "worksteal"]
 
 
 def become_pytest(arguments: list[str]) -> NoReturn:

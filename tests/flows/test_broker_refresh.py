@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from app.access.audit import Entry
 from app.access.permissions import Permission
-from app.access.policy import Access
 from app.broker.connection import Health, Rotation
 from app.broker.issue import FORCED_EVERY
 from app.broker.refresh import EndingKind
@@ -202,18 +201,69 @@ def test_dead_tokens_never_leave(made: World) -> None:
 def test_a_token_that_dies_while_it_is_recorded_stays(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: writing the record may take longer than the token lives; then the next one leaves, and it is recorded, too."""
     connection = made.connected("hubspot")
-    real, records = made.one.access.record, []
+    real, records = made.one.access.record_all, []
 
-    def slow(*arguments: Any, **options: Any) -> None:
-        real(*arguments, **options)
-        records.append(options["detail"]["generation"])
+    def slow(entries: Sequence[Entry]) -> None:
+        real(entries)
+        records.extend(entry.detail["generation"] for entry in entries if entry.detail)
         if len(records) == 1:
             made.jump(1800)
 
-    monkeypatch.setattr(made.one.issuer, "_access", Recording(made.one.access, slow))
+    monkeypatch.setattr(made.one.access, "record_all", slow)
     token = made.issue(connection)
     assert token.generation == connection.generation + 1
     assert records == [connection.generation, connection.generation + 1]
+
+
+def test_of_hand_outs_in_company_only_those_leave_that_still_may(
+    made: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3 and P6 hold for each of them: one token dies while all are recorded, one caller loses its permission."""
+    made.hubspot.settings(token_lifetime=600)
+    try:
+        dying = made.connected("hubspot")
+    finally:
+        made.hubspot.settings(token_lifetime=1800)
+    living, caller, unlucky = made.connected("hubspot"), made.caller(), made.caller()
+    made.jump(1)
+    for connection in (dying, living):
+        made.one.issuer.issue(caller, connection.name)
+        made.one.issuer.issue(unlucky, connection.name)
+    asked = [
+        made.one.issuer.ready(*who)
+        for who in ((caller, dying.name), (caller, living.name), (unlucky, living.name))
+    ]
+    real = made.one.access.record_all
+
+    def slow(entries: Sequence[Entry]) -> None:
+        real(entries)
+        monkeypatch.setattr(made.one.access, "record_all", real)
+        made.two.callers.deny(unlucky.name, Permission.parse("token:issue@*"))
+        made.jump(700)
+        made.one.epochs.look()
+        made.one.issuer.issue(caller, living.name)  # what is known is known of the present epoch
+
+    monkeypatch.setattr(made.one.access, "record_all", slow)
+    ready = [one for one in asked if one is not None]
+    assert len(ready) == 3
+    handed = made.one.issuer.hand_out(ready)
+    assert [token and token.connection for token in handed] == [None, living.name, None]
+
+
+def test_nothing_is_ready_that_has_to_be_found_out(made: World) -> None:
+    """What this process does not remember, or may not give, takes the way that can wait and refuse."""
+    connection, caller = made.connected("hubspot"), made.caller()
+    made.jump(1)
+    ready = made.one.issuer.ready
+    assert ready(caller, connection.name) is None
+    made.one.issuer.issue(caller, connection.name)
+    assert ready(caller, connection.name) is not None
+    assert ready(caller, connection.name, min_ttl=10_000) is None
+    assert ready(made.caller(), connection.name) is None
+    made.jump(1750)
+    made.one.issuer.issue(caller, connection.name, min_ttl=10)
+    assert ready(caller, connection.name) is None
+    assert ready(caller, connection.name, min_ttl=10) is not None
 
 
 def test_a_permission_taken_away_while_it_is_recorded_counts(
@@ -223,24 +273,16 @@ def test_a_permission_taken_away_while_it_is_recorded_counts(
     connection, caller = made.connected("hubspot"), made.caller()
     made.jump(1)
     made.one.issuer.issue(caller, connection.name)
-    real = made.one.access.record
+    real = made.one.access.record_all
 
-    def slow(*arguments: Any, **options: Any) -> None:
-        real(*arguments, **options)
+    def slow(entries: Sequence[Entry]) -> None:
+        real(entries)
         made.two.callers.deny(caller.name, Permission.parse("token:issue@*"))
         made.jump(2)
 
-    monkeypatch.setattr(made.one.issuer, "_access", Recording(made.one.access, slow))
+    monkeypatch.setattr(made.one.access, "record_all", slow)
     with pytest.raises(Forbidden):
         made.one.issuer.issue(caller, connection.name)
-
-
-class Recording:
-    """The real access with another way to record."""
-
-    def __init__(self, access: Access, record: Callable[..., None]) -> None:
-        self.require = access.require
-        self.record = record
 
 
 # A token the provider refused

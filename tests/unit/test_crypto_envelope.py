@@ -231,7 +231,9 @@ class TestCanary:
             check_canary(make_canary(KEYS.get("k1")), keyring(k1=b"3" * 32))
 
     @pytest.mark.parametrize(
-        "blob", [b"", b"chirp", BLOB, seal(b"chirp", Place("keks", "canary", "k1"), kek=KEYS.get("k1"))]
+        "blob",
+        [b"", b"chirp", BLOB, seal(b"chirp", Place("keks", "canary", "k1"), kek=KEYS.get("k1"))],
+        ids=["empty", "short", "another_record", "another_text"],
     )
     def test_what_is_no_canary_is_found_out(self, blob: bytes) -> None:
         """Junk, a record from elsewhere, a record with other words."""
