@@ -26,6 +26,7 @@ from app.broker.admins import Admins
 from app.broker.adoption import Adoption
 from app.broker.apps import Apps
 from app.broker.connect import Connect
+from app.broker.examination import Examiner
 from app.broker.installation import ActiveKek, Presence, found_installation, unlock
 from app.broker.issue import Issuer
 from app.broker.journal import Journal
@@ -90,6 +91,7 @@ class Services:
     transfer: Transfer
     keys: Keys
     courier: Courier
+    examiner: Examiner
     admins: Admins
     presence: Presence
     upkeep: Upkeep
@@ -215,6 +217,7 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
         waiters=settings.web_threads * 3 // 4,
         assumed_life=900.0,
     )
+    watch.follow(issuer.learn)
     presence = Presence(database, keyring, clock, kind=kind, version=VERSION, process_id=process.id)
     upkeep = Upkeep(
         [
@@ -266,6 +269,16 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
         transfer=Transfer(database, store, apps=apps, trail=trail, clock=clock),
         keys=Keys(database, keyring, journal=journal, trail=trail, clock=clock),
         courier=Courier(database, http, clock, url=settings.notice_url, secret=settings.notice_secret),
+        examiner=Examiner(
+            database,
+            store,
+            apps=apps,
+            adoption=adoption,
+            keyring=keyring,
+            clock=clock,
+            host=process.host,
+            state_dir=settings.state_dir,
+        ),
         admins=Admins(database, clock),
         presence=presence,
         upkeep=upkeep,

@@ -664,7 +664,8 @@ _SETTINGS: Final[Mapping[str, _Setting]] = {
     ),
     "NOTICE_URL": _Setting(
         _Read(_url),
-        "https address that is told when a connection needs to be reconnected and when it recovers.",
+        "https address that is told when a connection needs to be reconnected, when a whole app begins and stops"
+        " failing, and when either recovers.",
     ),
     "NOTICE_SECRET": _Setting(
         _Read(_shared_secret), "Key these notices are signed with (HMAC-SHA256).", secret=True

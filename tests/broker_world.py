@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,10 +35,10 @@ from app.errors import DatabaseUnavailable
 from app.secret import Secret
 from emulator import GrantTruth, Minted, SeenRequest, VendorControl
 from tests.installation import HUBSPOT, SALESFORCE, Installation, installation
+from tests.waiting import PATIENCE, until
 
 CLIENTS = {"hubspot": HUBSPOT, "salesforce": SALESFORCE}
 LEASE = 12.0
-PATIENCE = 30.0  # seconds until something that must happen counts as not happening
 T = TypeVar("T")
 
 # `db_now` asks for clock_timestamp() without a schema; ours is found before PostgreSQL's.
@@ -285,14 +284,6 @@ def import_line(provider: str, grant: Minted, *, living: bool, **changes: object
     if provider == "salesforce":
         line["instance_url"] = grant.instance_url
     return json.dumps(line | changes)
-
-
-def until(happened: Callable[[], bool]) -> None:
-    """Return as soon as something has happened."""
-    give_up = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.01)
 
 
 def together(count: int, work: Callable[[int], T]) -> list[T]:

@@ -3,7 +3,8 @@
 Two installations with the same refresh tokens revoke each other's. A copied database is known by its `PUBLIC_URL`, a
 restored backup by a counter that went backwards: STATE_DIR keeps the highest `connections` epoch this host has seen. While
 they disagree nothing is refreshed; living tokens are still handed out. `adopt` is the operator's word that no other
-installation uses this data any more.
+installation uses this data any more. Nothing else ends it: a restored database whose counter has grown past the mark again,
+because admins went on working, is as stale as before, so the mark notes that it was restored until an adoption is newer.
 
 Decision: the mark is written at most once a second and on closing, not at every refresh; the price is that a machine that
 crashes and gets a backup restored within that second is not noticed.
@@ -33,6 +34,9 @@ __all__ = ["Adoption", "Disagreement"]
 
 _FILE: Final = "high-water.json"
 _EVERY: Final = 1.0  # seconds between two writes of the mark
+_RESTORED: Final = (
+    "restored"  # in the mark: the adoption the database told of when it was found to have gone back
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Adoption:
         self._public_url = public_url
         self._lock = threading.Lock()
         self._mark: dict[str, int | str] | None = None
+        self._written: dict[str, int | str] | None = None  # as the file has it, or was last meant to
         self._written_at = 0.0
         self._installation: tuple[str, str] | None = None
 
@@ -90,12 +95,25 @@ class Adoption:
                 return Disagreement(
                     "copied", "The database was made for another PUBLIC_URL; it may be a copy."
                 )
-            if mark is not None and seen < int(mark["connections"]):
+            if mark is not None and self._restored(mark, seen):
                 return Disagreement(
                     "restored", "The database is older than this host remembers: a restored backup?"
                 )
             self._keep(identifier, seen)
         return None
+
+    def _restored(self, mark: dict[str, int | str], seen: int) -> bool:
+        """Whether the database went back behind the mark, or did once and was not adopted since."""
+        noted = mark.get(_RESTORED)
+        if noted is None and seen >= int(mark["connections"]):
+            return False
+        adopted = self._adopted_at()
+        if noted is not None and adopted > int(noted) and seen >= int(mark["connections"]):
+            return False
+        if noted is None or adopted > int(noted):
+            self._write(mark | {_RESTORED: adopted})
+        self._mark = None  # read again next time: `adopt` is run by another process
+        return True
 
     def adopt(self, *, actor: str = "admin:cli") -> Disagreement | None:
         """Take the database as ours from now on; returns what had been in the way.
@@ -158,9 +176,15 @@ class Adoption:
             ).scalar_one()
         return int(value)
 
+    def _adopted_at(self) -> int:
+        """When the database says it was adopted last, in microseconds; 0 when it never was."""
+        with self._database.read() as transaction:
+            adopted = transaction.execute(sa.select(installation.c.adopted_at)).scalar_one()
+        return 0 if adopted is None else int(adopted.timestamp() * 1_000_000)
+
     def _keep(self, identifier: str, seen: int) -> None:
         mark: dict[str, int | str] = {"installation": identifier, "connections": seen}
-        if mark == self._mark:
+        if mark == self._written:
             return
         self._mark = mark
         if self._clock.elapsed() - self._written_at >= _EVERY:
@@ -169,11 +193,11 @@ class Adoption:
     def _read_mark(self) -> dict[str, int | str] | None:
         if self._mark is None:
             with contextlib.suppress(FileNotFoundError):
-                self._mark = json.loads(self._path.read_text())
+                self._mark = self._written = json.loads(self._path.read_text())
         return self._mark
 
     def _write(self, mark: dict[str, int | str]) -> None:
-        self._mark = mark
+        self._mark = self._written = mark
         self._written_at = self._clock.elapsed()
         # Several processes of a host share the file: never let a slower one take the mark back.
         with contextlib.suppress(FileNotFoundError, ValueError):

@@ -32,11 +32,11 @@ from app.secret import Secret
 from app.settings import Settings
 from app.telemetry import Event
 
-__all__ = ["AppRow", "Apps", "Breaker"]
+__all__ = ["PATIENCE", "AppRow", "Apps", "Breaker"]
 
 # The breaker opens after so many failures in a row over the whole app, for 1, 2, 4 … seconds, at most this many. Short: when
 # the provider is back, connections whose token has died meanwhile must not wait for us.
-_PATIENCE: Final = 5
+PATIENCE: Final = 5
 _LONGEST: Final = 20.0
 _MISCONFIGURED_PAUSE: Final = 60.0
 _DEFAULT: Final = "default"
@@ -367,9 +367,9 @@ _SELECT: Final = sa.select(*(apps.c[name] for name in _COLUMNS))
 def _pause(failures: int, trouble: AppTrouble) -> float:
     if trouble is AppTrouble.MISCONFIGURED:
         return _MISCONFIGURED_PAUSE
-    if failures < _PATIENCE:
+    if failures < PATIENCE:
         return 0.0
-    return min(2.0 ** (failures - _PATIENCE), _LONGEST)
+    return min(2.0 ** (failures - PATIENCE), _LONGEST)
 
 
 def _place(app_id: str, version: int) -> Place:

@@ -23,6 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from app.access.audit import Entry, Trail
 from app.broker.apps import AppRow, Apps
 from app.broker.connection import AdminState, Connection, ConnectionId, Health, Rotation, Tokens, next_look
+from app.broker.doctor import approvals_of
 from app.broker.refresh import Refresher, tell_recovered
 from app.broker.store import Store, check_name, new_id
 from app.clock import Clock
@@ -248,8 +249,10 @@ class Connect:
         if trip.connection_id and (wanted is None or wanted.identity != account.identity):
             self._give_back(vendor, app, account, granted)
             raise AccountMismatch()
+        # A connection that is removed while its account is connected again comes back under its own name.
+        name = wanted.name if wanted is not None else trip.name
         connection, again = self.install(
-            app, account, granted, name=trip.name, grant_type="authorization_code", tokens=Tokens()
+            app, account, granted, name=name, grant_type="authorization_code", tokens=Tokens()
         )
         self._record(trip.started_by, connection, again=again)
         return Connected(
@@ -377,7 +380,7 @@ class Connect:
             scopes_wanted=tuple(dict.fromkeys((*app.scopes, *app.optional_scopes))),
             scopes_granted=account.scopes,
             instance_url=account.instance_url,
-            details=dict(account.details),
+            details=dict(account.details) | _approvals(existing, grant_type),
             lease_until=None,
             open_attempt=None,
             last_try=False,
@@ -489,6 +492,14 @@ class Connect:
         fresh = until.isascii() and until.isdigit() and int(until) > self._clock.timestamp()
         if not fresh or not handshake.matches(_undo_mac(connection, int(until), key), mac):
             raise CallbackRefused("It is too late to take this back here; an admin can disconnect it.")
+
+
+def _approvals(existing: Connection | None, grant_type: GrantType) -> dict[str, int]:
+    """Each trip through the consent page leaves one more approval at the provider; the row counts those it has seen."""
+    if grant_type != "authorization_code":
+        return {}
+    before = 0 if existing is None else approvals_of(existing.grant_type, existing.details)
+    return {"approvals": before + 1}
 
 
 def _undo_mac(connection: Connection, until: int, key: Secret) -> str:

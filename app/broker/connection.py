@@ -184,13 +184,18 @@ class Crowd:
     held_since: datetime | None = None
     spent: bool = False  # a hold ended because one of them was refreshed: verdicts count again
 
+    @property
+    def crowded(self) -> bool:
+        """Whether they are so many that it is hardly the fault of each."""
+        return self.refused >= _CROWD_COUNT and self.refused >= _CROWD_SHARE * self.total
+
     def holds(self, now: datetime) -> bool:
         """Whether so many were refused together that the provider is the likelier culprit."""
         if self.spent:
             return False
         if self.held_since is not None:
             return now - self.held_since < _CROWD_PATIENCE
-        return self.refused >= _CROWD_COUNT and self.refused >= _CROWD_SHARE * self.total
+        return self.crowded
 
 
 class AppTrouble(StrEnum):
@@ -247,7 +252,7 @@ def settle(
             trouble = AppTrouble.MISCONFIGURED if outcome.whole_app else AppTrouble.NONE
             return Settled(connection=_failed(freed, f"misconfigured:{code}", now=now), trouble=trouble)
         case Unknown(code=code):
-            return _unknown(freed, code, now=now)
+            return _unknown(freed, code, now=now, rhythm=rhythm)
 
 
 def _granted(
@@ -337,15 +342,19 @@ def _unavailable(
         return _refused(connection, outcome.then.code, now=now, rhythm=rhythm, crowd=crowd)
     held = _failed(connection, error, now=now, at_least=outcome.retry_after)
     # "Already being processed" and its like concern one grant, not the provider.
-    return Settled(connection=held, trouble=AppTrouble.DOWN if outcome.then is None else AppTrouble.NONE)
+    of_the_app = outcome.whole_app and outcome.then is None
+    return Settled(connection=held, trouble=AppTrouble.DOWN if of_the_app else AppTrouble.NONE)
 
 
-def _unknown(connection: Connection, code: str, *, now: datetime) -> Settled:
+def _unknown(connection: Connection, code: str, *, now: datetime, rhythm: Rhythm) -> Settled:
     after = _failed(connection, f"unknown:{code}", now=now)
     if not connection.may_rotate:
         return Settled(connection=after, trouble=AppTrouble.DOWN)
-    # The answer may have held the only good refresh token. The access token is kept in use for as long as it lives.
-    wait = max(filter(None, (after.retry_at, connection.expires_at)))
+    # The answer may have held the only good refresh token. The access token is kept in use for as long as it lives. Even a
+    # dead one is waited out for a lease: the provider may still be at work on the request we gave up on, and the last try
+    # must not meet it there.
+    worked_off = now + timedelta(seconds=rhythm.lease)
+    wait = max(filter(None, (after.retry_at, connection.expires_at, worked_off)))
     after = replace(after, health=Health.UNCERTAIN, last_try=True, retry_at=wait, refresh_at=wait)
     return Settled(connection=after, trouble=AppTrouble.DOWN)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection as Transaction
@@ -14,8 +14,9 @@ from sqlalchemy.exc import IntegrityError
 from app.broker.store import new_id
 from app.db.engine import Database
 from app.db.schema import findings
+from app.telemetry import Event, log
 
-__all__ = ["Finding", "FindingKind", "close", "hold_of", "lapse", "open_findings", "report"]
+__all__ = ["Finding", "FindingKind", "close", "hold_of", "lapse", "of_app", "open_findings", "report"]
 
 
 class FindingKind(StrEnum):
@@ -24,6 +25,9 @@ class FindingKind(StrEnum):
     APP_MISCONFIGURED = "app_misconfigured"  # the operator: client id, secret or grant type of the app
     PROVIDER_DOWN = "provider_down"  # nobody here: the provider
     MASS_REFUSAL = "mass_refusal"  # look at the provider's status page before reconnecting anything
+    MASS_FAILURE = (
+        "mass_failure"  # many accounts' settings refuse us in the same way: hardly the fault of each
+    )
     NEEDS_RECONNECT = "needs_reconnect"  # an admin: connect the account again
     REVOKE_GAVE_UP = "revoke_gave_up"  # an admin: remove the grant at the provider by hand
 
@@ -53,8 +57,8 @@ def report(
     app_id: str | None = None,
     connection_id: str | None = None,
     code: str | None = None,
-) -> bool:
-    """Open the finding, or count it when it is open already; true when it is new."""
+) -> Finding | None:
+    """Open the finding, or count it when it is open already; the finding when it is new."""
     key = _key(kind, app_id, connection_id)
     counted = transaction.execute(
         sa.update(findings)
@@ -62,25 +66,25 @@ def report(
         .values(seen_at=now, count=findings.c.count + 1, code=code)
     )
     if counted.rowcount:
-        return False
+        return None
+    new = Finding(
+        id=new_id(),
+        kind=kind.value,
+        app_id=app_id,
+        connection_id=connection_id,
+        code=code,
+        opened_at=now,
+        seen_at=now,
+        count=1,
+    )
     try:
         with transaction.begin_nested():
-            transaction.execute(
-                sa.insert(findings).values(
-                    id=new_id(),
-                    kind=kind.value,
-                    app_id=app_id,
-                    connection_id=connection_id,
-                    code=code,
-                    opened_at=now,
-                    seen_at=now,
-                    count=1,
-                    open_key=key,
-                )
-            )
+            values = {name: getattr(new, name) for name in _COLUMNS}
+            transaction.execute(sa.insert(findings).values(**values, open_key=key))
     except IntegrityError:
-        return False  # another process opened it between our two statements
-    return True
+        return None  # another process opened it between our two statements
+    log(Event.FINDING_OPENED, finding=new.id, kind=new.kind, subject=connection_id or app_id)
+    return new
 
 
 def close(
@@ -90,23 +94,30 @@ def close(
     now: datetime,
     app_id: str | None = None,
     connection_id: str | None = None,
-) -> bool:
-    """Close the finding if it is open; true when it was."""
-    closed = transaction.execute(
-        sa.update(findings)
-        .where(findings.c.open_key == _key(kind, app_id, connection_id))
-        .values(closed_at=now, seen_at=now, open_key=None)
-    )
-    return closed.rowcount > 0
+) -> Finding | None:
+    """Close the finding if it is open; the finding when it was."""
+    open_one = findings.c.open_key == _key(kind, app_id, connection_id)
+    return _closed(transaction, open_one, closed_at=now, seen_at=now)
 
 
-def lapse(transaction: Transaction, kind: FindingKind, *, app_id: str, unseen_since: datetime) -> None:
+def lapse(
+    transaction: Transaction, kind: FindingKind, *, app_id: str, unseen_since: datetime
+) -> Finding | None:
     """Close an app's finding that was not seen since then, as of when it last was: what comes now is another one."""
-    transaction.execute(
-        sa.update(findings)
-        .where(findings.c.open_key == _key(kind, app_id, None), findings.c.seen_at < unseen_since)
-        .values(closed_at=findings.c.seen_at, open_key=None)
-    )
+    stale = (findings.c.open_key == _key(kind, app_id, None)) & (findings.c.seen_at < unseen_since)
+    return _closed(transaction, stale, closed_at=findings.c.seen_at)
+
+
+def _closed(transaction: Transaction, which: sa.ColumnElement[bool], **values: Any) -> Finding | None:
+    returned = (findings.c[name] for name in _COLUMNS)
+    row = transaction.execute(
+        sa.update(findings).where(which).values(open_key=None, **values).returning(*returned)
+    ).one_or_none()
+    if row is None:
+        return None
+    was = Finding(**row._mapping)
+    log(Event.FINDING_CLOSED, finding=was.id, kind=was.kind, subject=was.connection_id or was.app_id)
+    return was
 
 
 def hold_of(transaction: Transaction, app_id: str, *, since: datetime) -> tuple[datetime | None, bool]:
@@ -132,6 +143,14 @@ def open_findings(database: Database) -> list[Finding]:
     )
     with database.read() as transaction:
         return [Finding(**row._mapping) for row in transaction.execute(query)]
+
+
+def of_app(transaction: Transaction, app_id: str) -> list[Finding]:
+    """The open findings on the app as a whole."""
+    query = sa.select(*(findings.c[name] for name in _COLUMNS)).where(
+        findings.c.app_id == app_id, findings.c.connection_id.is_(None), findings.c.closed_at.is_(None)
+    )
+    return [Finding(**row._mapping) for row in transaction.execute(query)]
 
 
 def _key(kind: FindingKind, app_id: str | None, connection_id: str | None) -> str:

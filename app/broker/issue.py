@@ -42,6 +42,8 @@ LONGEST_MAX_WAIT: Final = 30.0
 FORCED_EVERY: Final = 30.0
 _SHORTEST_POLL: Final = 0.025
 _LONGEST_POLL: Final = 0.25
+# Seconds a waiter trusts a refresh under way to be what it waits for: an account connected anew elsewhere ends its wait.
+_LONGEST_BLINDNESS: Final = 1.0
 _PATIENCE: Final = 2.0  # seconds a caller waits for another thread to find out what has changed
 _SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
 
@@ -282,10 +284,13 @@ class Issuer:
                     pause = min(2 * pause, _LONGEST_POLL)
 
     def _refreshed(self, connection: Connection, deadline: float) -> bool:
-        """Have it refreshed; false when another process is at it."""
+        """Have it refreshed; false when another process is at it. True as well when it is time to look at the row again."""
+        left = max(0.0, deadline - self._clock.elapsed())
         try:
-            ending = self._refresher.ask(connection).result(max(0.0, deadline - self._clock.elapsed()))
+            ending = self._refresher.ask(connection).result(min(left, _LONGEST_BLINDNESS))
         except FutureTimeout:
+            if left > _LONGEST_BLINDNESS:
+                return True
             raise RefreshInProgress() from None
         except CancelledError:
             raise Overloaded("This process is shutting down.") from None

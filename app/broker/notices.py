@@ -4,8 +4,12 @@ A notice is a row in the transaction that made it true, so it is neither lost no
 names the connection by its name in this installation and holds no personal data. Delivery is at least once; `id` lets the
 receiver drop repeats.
 
+Body: JSON with `id`, `event`, `at` and `connection` (null for what concerns a whole app), then `provider`, `code` and the
+doctor's `fault`, `cause`, `sentence`, `who` and `how`; news of a finding have `finding`, `finding_id`, `app`, `opened_at`.
+
 Signature, over the exact body: `Drawbridge-Signature: t=<unix seconds>,v1=<hex HMAC-SHA256 of "t.body">`, keyed with
-NOTICE_SECRET.
+NOTICE_SECRET. A receiver computes it anew over the bytes it read, compares in constant time, and refuses a `t` far from its
+own clock, so that an old notice cannot be played again.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from app.db.schema import notices
 from app.db.types import db_now
 from app.http_client import Deadlines, HttpClient, NotSent, Purpose, Unfinished
 from app.secret import Secret
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
 
 __all__ = ["Courier", "NoticeEvent", "announce", "signature"]
 
@@ -42,6 +46,8 @@ class NoticeEvent(StrEnum):
 
     NEEDS_RECONNECT = "connection.needs_reconnect"
     RECOVERED = "connection.recovered"
+    FINDING_OPENED = "finding.opened"
+    FINDING_CLOSED = "finding.closed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +115,14 @@ class Courier:
         now = self._clock.now()
         if arrived:
             self._note(notice, delivered_at=now, next_try_at=None)
+            if self._url is not None:
+                log(Event.NOTICE_DELIVERED, notice=notice.id)
+                metrics.notices.labels("delivered").inc()
             return True
         given_up = now - notice.created_at > _GIVE_UP
+        metrics.notices.labels("given_up" if given_up else "failed").inc()
+        if given_up:
+            log(Event.NOTICE_GIVEN_UP, notice=notice.id, code=notice.event)
         wait = timedelta(seconds=min(2.0 ** min(notice.tries, 12), 3600.0))
         self._note(notice, next_try_at=None if given_up else now + wait)
         return False

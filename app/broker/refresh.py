@@ -23,9 +23,9 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection as Transaction
 
-from app.broker import findings, notices
+from app.broker import alarms, findings, notices
 from app.broker.adoption import Adoption
-from app.broker.apps import Apps
+from app.broker.apps import PATIENCE, Apps
 from app.broker.connection import (
     AppTrouble,
     Connection,
@@ -38,6 +38,7 @@ from app.broker.connection import (
     next_look,
     settle,
 )
+from app.broker.doctor import Facts, diagnose
 from app.broker.findings import FindingKind
 from app.broker.journal import FACT_NAMES, FACT_STAMPS, Entry, Journal
 from app.broker.notices import NoticeEvent
@@ -59,7 +60,7 @@ from app.errors import (
 )
 from app.http_client import Abandoned, Deadlines, HttpClient
 from app.oauth2.client import Wire
-from app.oauth2.outcomes import Granted, NotSent, Outcome, Refused, Unavailable, Unknown
+from app.oauth2.outcomes import Granted, Misconfigured, NotSent, Outcome, Refused, Unavailable, Unknown
 from app.oauth2.provider import Account, App, Grant, Provider
 from app.telemetry import Event, log, metrics
 
@@ -415,10 +416,9 @@ class Refresher:
         assert tokens is not None
         after = settled.connection
         sealed = self._store.seal(tokens, after.id, generation=after.generation)
-        journaled = (
-            granted.refresh_token is not None
-            and self.journal_answer(lease.attempt, after, sealed) is not None
-        )
+        # With the same refresh token as before nothing is lost that could not be asked for again.
+        anew = granted.refresh_token is not None and granted.refresh_token != lease.tokens.refresh_token
+        journaled = anew and self.journal_answer(lease.attempt, after, sealed) is not None
         fate: list[_Fate] = []
 
         def save(transaction: Transaction) -> None:
@@ -456,11 +456,7 @@ class Refresher:
         after, now = settled.connection, self._clock.now()
         saved = self._store.save_tokens(transaction, after, sealed)
         _finish(transaction, lease.attempt, outcome="granted" if saved else "superseded", code=None, now=now)
-        if self._apps.went_well(transaction, after.app_id):
-            findings.close(transaction, FindingKind.APP_MISCONFIGURED, now=now, app_id=after.app_id)
-            findings.close(transaction, FindingKind.PROVIDER_DOWN, now=now, app_id=after.app_id)
-        if lease.connection.health is Health.DOUBTFUL:
-            findings.close(transaction, FindingKind.MASS_REFUSAL, now=now, app_id=after.app_id)
+        self._end_alarms(transaction, lease.connection, now=now)
         if not saved:
             gone = self._store.get_within(transaction, after.id) is None
             return _Fate.GONE if gone else _Fate.MOVED
@@ -478,30 +474,70 @@ class Refresher:
             transaction, lease.attempt, outcome=outcome.kind, code=getattr(outcome, "code", None), now=now
         )
         self._tell_of_trouble(transaction, after, settled.trouble, now=now)
+        if isinstance(outcome, Misconfigured) and not outcome.whole_app:
+            self._tell_of_many(transaction, after, now=now)
         if saved and settled.lost:
-            tell_lost(transaction, after, now=now)
+            tell_lost(transaction, after, now=now, vendor=self._apps.provider(after.provider))
 
     def _tell_of_trouble(
         self, transaction: Transaction, after: Connection, trouble: AppTrouble, *, now: datetime
     ) -> None:
+        vendor = self._apps.provider(after.provider)
+        app_id, code = after.app_id, (after.last_error or "")[:64]
         if trouble is AppTrouble.CROWD:
-            findings.lapse(
-                transaction, FindingKind.MASS_REFUSAL, app_id=after.app_id, unseen_since=now - _HOLD_MEMORY
-            )
-            findings.report(
-                transaction, FindingKind.MASS_REFUSAL, now=now, app_id=after.app_id, code=after.refused_code
-            )
+            kind = FindingKind.MASS_REFUSAL
+            alarms.lapse(transaction, kind, app_id=app_id, vendor=vendor, now=now)
+            alarms.sound(transaction, kind, app_id=app_id, vendor=vendor, code=after.refused_code, now=now)
         if trouble in (AppTrouble.DOWN, AppTrouble.MISCONFIGURED):
-            failures = self._apps.went_wrong(transaction, after.app_id, trouble, now=now)
-            code = (after.last_error or "")[:64]
+            failures = self._apps.went_wrong(transaction, app_id, trouble, now=now)
             if trouble is AppTrouble.MISCONFIGURED:
-                findings.report(
-                    transaction, FindingKind.APP_MISCONFIGURED, now=now, app_id=after.app_id, code=code
-                )
-            elif failures >= 5:
-                findings.report(
-                    transaction, FindingKind.PROVIDER_DOWN, now=now, app_id=after.app_id, code=code
-                )
+                kind = FindingKind.APP_MISCONFIGURED
+                alarms.sound(transaction, kind, app_id=app_id, vendor=vendor, code=code, now=now)
+            elif failures >= PATIENCE or self._failing_alike(transaction, after, code, now=now).crowded:
+                kind = FindingKind.PROVIDER_DOWN
+                alarms.sound(transaction, kind, app_id=app_id, vendor=vendor, code=code, now=now)
+
+    def _tell_of_many(self, transaction: Transaction, after: Connection, *, now: datetime) -> None:
+        """Each connection backs off alone; when a crowd does so for the same reason, people are told once."""
+        code = after.last_error or ""
+        if self._failing_alike(transaction, after, code, now=now).crowded:
+            vendor = self._apps.provider(after.provider)
+            kind = FindingKind.MASS_FAILURE
+            alarms.sound(transaction, kind, app_id=after.app_id, vendor=vendor, code=code, now=now)
+
+    def _end_alarms(self, transaction: Transaction, before: Connection, *, now: datetime) -> None:
+        """A grant came: what was told of the app and is over now is told to be over."""
+        went_well = self._apps.went_well(transaction, before.app_id)
+        if not went_well and before.last_error is None:
+            return
+        vendor = self._apps.provider(before.provider)
+        for finding in findings.of_app(transaction, before.app_id):
+            match finding.kind:
+                case FindingKind.APP_MISCONFIGURED:
+                    over = went_well
+                case FindingKind.MASS_REFUSAL:
+                    over = before.health is Health.DOUBTFUL
+                case FindingKind.PROVIDER_DOWN | FindingKind.MASS_FAILURE:
+                    # One success of many proves little: it is over when those that still fail are no crowd any more.
+                    alike = self._failing_alike(transaction, before, finding.code or "", now=now, besides=0)
+                    over = not alike.crowded
+                case _:
+                    over = False
+            if over:
+                kind = FindingKind(finding.kind)
+                alarms.end(transaction, kind, app_id=before.app_id, vendor=vendor, now=now)
+
+    def _failing_alike(
+        self, transaction: Transaction, one: Connection, error: str, *, now: datetime, besides: int = 1
+    ) -> Crowd:
+        """How many connections of the app have failed with this error lately; `besides` counts `one` itself."""
+        alike = sa.and_(
+            connections.c.id != one.id,
+            connections.c.last_error == error,
+            connections.c.last_error_at >= now - _CROWD_WINDOW,
+        )
+        count, total = _counted(transaction, one.app_id, alike)
+        return Crowd(refused=count + besides, total=total)
 
     def _came_too_late(
         self, lease: Lease, app: App, provider: Provider, *, tokens: Tokens, gone: bool
@@ -522,21 +558,12 @@ class Refresher:
         )
         if not may_refuse:
             return Crowd()
-        mine = connections.c.app_id == connection.app_id
         refused = sa.and_(
-            mine,
             connections.c.id != connection.id,
             connections.c.health == Health.DOUBTFUL.value,
             connections.c.last_error_at >= now - _CROWD_WINDOW,
         )
-        count = transaction.execute(
-            sa.select(sa.func.count()).select_from(connections).where(refused)
-        ).scalar_one()
-        total = transaction.execute(
-            sa.select(sa.func.count())
-            .select_from(connections)
-            .where(mine, connections.c.admin_state == "enabled")
-        ).scalar_one()
+        count, total = _counted(transaction, connection.app_id, refused)
         held_since, spent = findings.hold_of(transaction, connection.app_id, since=now - _HOLD_MEMORY)
         return Crowd(refused=count + 1, total=total, held_since=held_since, spent=spent)
 
@@ -589,8 +616,23 @@ def trouble_of(connection: Connection, now: datetime) -> DrawbridgeError:
     return RefreshInProgress()
 
 
-def tell_lost(transaction: Transaction, connection: Connection, *, now: datetime) -> None:
+def _counted(transaction: Transaction, app_id: str, which: sa.ColumnElement[bool]) -> tuple[int, int]:
+    """How many of the app's connections fit, and how many of it there are that are enabled."""
+    mine = connections.c.app_id == app_id
+    count = transaction.execute(
+        sa.select(sa.func.count()).select_from(connections).where(mine, which)
+    ).scalar_one()
+    total = transaction.execute(
+        sa.select(sa.func.count())
+        .select_from(connections)
+        .where(mine, connections.c.admin_state == "enabled")
+    ).scalar_one()
+    return count, total
+
+
+def tell_lost(transaction: Transaction, connection: Connection, *, now: datetime, vendor: Provider) -> None:
     """Let people know that the connection needs an admin, in the transaction that says so."""
+    found = diagnose(Facts(connection=connection, vendor=vendor, now=now))
     log(
         Event.CONNECTION_LOST,
         connection=connection.name,
@@ -612,6 +654,11 @@ def tell_lost(transaction: Transaction, connection: Connection, *, now: datetime
         connection=connection.name,
         provider=connection.provider,
         code=connection.last_error,
+        fault=found.fault.value,
+        cause=found.cause,
+        sentence=found.sentence,
+        who=found.who,
+        how=found.how,
     )
 
 

@@ -170,6 +170,16 @@ class Store:
         with self._database.read() as transaction:
             return {row.id: row.epoch for row in transaction.execute(query)}
 
+    def these(self, ids: Iterable[str]) -> dict[str, Connection]:
+        """Those of these connections that still exist, by id."""
+        wanted, found = sorted(set(ids)), {}
+        with self._database.read() as transaction:
+            for start in range(0, len(wanted), _AT_ONCE):
+                some = connections.c.id.in_(wanted[start : start + _AT_ONCE])
+                for row in transaction.execute(_SELECT.where(some)):
+                    found[row.id] = _connection(row._mapping)
+        return found
+
     def surviving(self, ids: Sequence[str]) -> set[str]:
         """Those of the ids that still have a row."""
         found: set[str] = set()

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -20,6 +21,7 @@ from app.cli.secret_input import read_bytes, read_secret
 if TYPE_CHECKING:
     from app.bootstrap import Services
     from app.broker.connection import Connection
+    from app.broker.doctor import Diagnosis, Vitals
     from app.secret import Secret
 
 __all__ = ["connection"]
@@ -104,7 +106,9 @@ def list_(out: Output, *, app_name: str | None, state: str | None) -> None:
     """
     with services() as opened:
         app_id = None if app_name is None else opened.apps.find(app_name).id
-        rows = [_shown(opened, row) for row in _all(opened, app_id=app_id, state=state)]
+        found = list(_all(opened, app_id=app_id, state=state))
+        told = opened.examiner.vitals(found)
+        rows = [_shown(opened, row, told[row.id]) for row in found]
     columns = {
         "name": "NAME",
         "app": "APP",
@@ -131,6 +135,25 @@ def show(out: Output, name: str) -> None:
     width = max(map(len, shown))
     lines = (f"{key.ljust(width)}  {as_text(value)}" for key, value in shown.items())
     out.tell(shown, *lines)
+
+
+@connection.command()
+@_name
+@reporting
+def doctor(out: Output, name: str) -> None:
+    """Say what is the matter with a connection: whose fault it is, who mends it, and how. Exit code 0 when it is well.
+
+    \b
+    Example:
+      drawbridge connection doctor acme-hubspot
+    """
+    with services() as opened:
+        row = opened.store.named(name)
+        found = opened.examiner.examine(row)
+    data = {"name": row.name, "state": row.state, "healthy": found.healthy} | asdict(found)
+    out.tell(data, *_diagnosed(row, found))
+    if not found.healthy:
+        raise click.exceptions.Exit(1)
 
 
 @connection.command("import")
@@ -343,7 +366,7 @@ def _next_generation(opened: Services, before: Connection) -> Connection:
     return now
 
 
-def _shown(opened: Services, row: Connection) -> dict[str, Any]:
+def _shown(opened: Services, row: Connection, told: Vitals | None = None) -> dict[str, Any]:
     return {
         "name": row.name,
         "app": opened.apps.row(row.app_id).reference,
@@ -365,7 +388,22 @@ def _shown(opened: Services, row: Connection) -> dict[str, Any]:
         "exported_at": row.exported_at,
         "created_at": row.created_at,
         "connected_at": row.connected_at,
-    }
+    } | asdict(told or opened.examiner.vitals([row])[row.id])
+
+
+def _diagnosed(row: Connection, found: Diagnosis) -> Iterator[str]:
+    """A diagnosis as people read it."""
+    yield f"{row.name}: {row.state}. {found.sentence}"
+    if not found.healthy:
+        yield f"  fault     {found.fault} ({found.cause}, by {found.code})"
+        yield f"  who       {found.who}"
+        yield f"  how       {found.how}"
+    yield from (f"  evidence  {line}" for line in found.evidence)
+    for other in found.others:
+        yield f"It may also be ({other.cause}): {other.sentence}"
+        yield f"  who       {other.who}"
+        yield f"  how       {other.how}"
+        yield from (f"  evidence  {line}" for line in other.evidence)
 
 
 def _lines(key: Secret | None, app: str | None) -> Iterator[str]:

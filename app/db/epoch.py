@@ -154,7 +154,10 @@ class EpochWatch:
         with self._database.read() as connection:
             values = {row.name: row.value for row in connection.execute(sa.select(epochs))}
         found = Epochs(values["access"], values["connections"], asked)
-        if self.last is None or (found.access, found.connections) != (self.last.access, self.last.connections):
+        if self.last is None or (found.access, found.connections) != (
+            self.last.access,
+            self.last.connections,
+        ):
             for follower in self._followers:
                 follower(found)
         if self.last is None or self.last.read_at <= asked:  # a slow read must not undo a newer one

@@ -25,7 +25,7 @@ from app.errors import ConfigurationFault, DatabaseUnavailable
 __all__ = ["Sqlite"]
 
 WAIT: Final = 5.0  # seconds for a free connection or SQLite's own lock
-_GATE_POLLS: Final = 5000  # times 0.2 ms with what a pause takes: about a second, then SQLite's own waiting takes over
+_GATE_POLLS: Final = 5000  # of about 0.2 ms: a second, then SQLite's own waiting takes over
 _GATE_PAUSE: Final = 0.0001
 _MOUNTS: Final = Path("/proc/self/mountinfo")  # proc(5); absent on macOS
 _NETWORK_FILESYSTEMS: Final = frozenset(
@@ -194,7 +194,7 @@ class _Gate:
         self._turn = threading.Lock()
         self._owner: int | None = None
         self._descriptor: int | None = None
-        self._pause = threading.Lock()  # never released: waiting for it is the most exact short sleep there is
+        self._pause = threading.Lock()  # never released; waiting for it is the most exact short sleep
         self._pause.acquire()
 
     @contextmanager

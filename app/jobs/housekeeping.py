@@ -11,6 +11,7 @@ from typing import Final
 import sqlalchemy as sa
 
 from app.bootstrap import Services
+from app.broker.connection import Health, Rotation
 from app.broker.installation import alive
 from app.clock import Clock
 from app.db.engine import Database
@@ -37,6 +38,15 @@ _KEEP_CLOSED: Final = timedelta(days=90)
 _KEEP_NOTICES: Final = timedelta(days=30)
 
 
+# Few: only where refresh tokens rotate, until the connection has other tokens or is gone.
+_MISSED: Final = (attempts.c.outcome == "unknown") & sa.exists().where(
+    connections.c.id == attempts.c.connection_id,
+    connections.c.generation == attempts.c.generation,
+    connections.c.rotation != Rotation.NOT_SEEN.value,
+    connections.c.health.in_((Health.NEEDS_RECONNECT.value, Health.UNCERTAIN.value)),
+)
+
+
 class Tidying:
     """Removes rows past their use; several workers may do it at once."""
 
@@ -58,11 +68,17 @@ class Tidying:
         return removed + self._remove(notices.c.id, settled)
 
     def _attempts(self, before: datetime) -> int:
-        """Old attempts, app by app, because that is how they are indexed; an attempt still open on a row stays."""
+        """Old attempts, app by app, because that is how they are indexed; an attempt still open on a row stays.
+
+        So does one whose answer was lost for good: it names the host whose journal may still hold the only good token.
+        """
         with self._database.read() as transaction:
             known = list(transaction.scalars(sa.select(apps.c.id)))
         removed = sum(
-            self._remove(attempts.c.id, (attempts.c.app_id == app_id) & (attempts.c.finished_at < before))
+            self._remove(
+                attempts.c.id,
+                (attempts.c.app_id == app_id) & (attempts.c.finished_at < before) & ~_MISSED,
+            )
             for app_id in known
         )
         still_open = sa.select(connections.c.open_attempt).where(connections.c.open_attempt.is_not(None))

@@ -199,6 +199,7 @@ def chores(services: Services) -> list[Job]:
     return [
         Job("revoke", 1.0, revoking(services)),
         Job("notices", 2.0, services.courier.deliver_due),
+        Job("findings", 60.0, services.examiner.lapse),
         Job("recover", 30.0, services.recovery.run),
         Job("spools", 60.0, services.trail.adopt_orphans),
         Job("spent ids", 300.0, services.spent_ids.sweep),

@@ -1,9 +1,9 @@
 """The client side of OAuth 2.0: what we ask an authorization server for, and what its answer means.
 
-Owns the handful of ways a token request can end (`outcomes`), sending a request as a registered client
-(`client`), the secrets of one browser round trip (`handshake`) and the port that every vendor fills
-(`provider`, in itself a plain RFC 6749 client). Used by `providers`, which add a vendor each, and by the
-broker, which decides what becomes of a connection.
+Owns the handful of ways a token request can end (`outcomes`), what may stand behind each and who mends it
+(`causes`), sending a request as a registered client (`client`), the secrets of one browser round trip
+(`handshake`) and the port that every vendor fills (`provider`, in itself a plain RFC 6749 client). Used by
+`providers`, which add a vendor each, and by the broker, which decides what becomes of a connection.
 
 Must never know a vendor, a table, a connection's state or whether somebody waits: an outcome is told, not
 acted upon.

@@ -9,7 +9,7 @@
 
 When in doubt the table prefers the ending that keeps the grant: an unknown 4xx is Misconfigured, an
 unreadable answer is Unknown. `code` is a short stable machine word of ours (never a vendor's sentence, which
-may name people); `EXPLANATIONS` says what each means.
+may name people); `EXPLANATIONS` says what each means, `causes` what may stand behind it.
 """
 
 from __future__ import annotations
@@ -76,12 +76,9 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The provider refuses this very grant (RFC 6749 §5.2 `invalid_grant`); `description_class` says how it
-    put it.
-    """
+    """The provider refuses this very grant (RFC 6749 §5.2 `invalid_grant`); `code` says how it put it."""
 
     code: str
-    description_class: str = ""
 
     kind: ClassVar[OutcomeKind] = "refused"
 
@@ -91,7 +88,8 @@ class Unavailable:
     """A complete answer that says: not now. `retry_after` is in seconds, None where the provider did not say.
 
     `then` is set where this answer excuses itself only once: coming again on the same generation, it means
-    `then`.
+    `then`. `whole_app` is false where only this grant or account has to wait, so that the app's other
+    connections need not.
     """
 
     code: str
@@ -99,6 +97,7 @@ class Unavailable:
     _: KW_ONLY
     rate_limited: bool = False
     then: Refused | None = None
+    whole_app: bool = True
 
     kind: ClassVar[OutcomeKind] = "unavailable"
 
@@ -143,6 +142,7 @@ EXPLANATIONS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "abandoned": "The right to refresh ran out before the request was sent; it is taken again.",
         "access_denied": "The provider denies access to this account; look at the app's settings there.",
+        "account_changed": "The answer was for another account than the one connected here.",
         "address_not_allowed": "The provider's name stands for an address that must not be asked.",
         "bad_request": "The request cannot be written: a header or field holds what HTTP does not carry.",
         "bad_url": "The configured address is no address.",
@@ -164,10 +164,12 @@ EXPLANATIONS: Final[Mapping[str, str]] = MappingProxyType(
         ),
         "invalid_request": "The provider finds the request malformed; look at the app's options.",
         "invalid_scope": "The provider does not give the app the scopes it asks for.",
+        "internal": "A fault of this program; the log holds it as broker:refresh:crashed.",
         "loopback": "The address is on this machine; only ALLOW_LOOPBACK_PROVIDERS permits that.",
         "malformed": "The answer is not HTTP.",
         "no_answer": "The request was sent and no complete answer came back.",
         "no_token": "The provider answered 200 without an access token in it.",
+        "no_refresh_token": "The connection has no refresh token; connect it again.",
         "not_json": "The provider, or something in front of it, answered with something that is not JSON.",
         "not_https": "The configured address is not https; credentials are not sent there.",
         "nothing_to_refresh": (

@@ -25,7 +25,8 @@ from app.errors import (
     ProviderUnavailable,
 )
 from app.http_client import Answer
-from app.oauth2 import client, outcomes
+from app.oauth2 import causes, client, outcomes
+from app.oauth2.causes import Cause, Remedy
 from app.oauth2.client import ClientAuth, Credentials, Form, Wire
 from app.oauth2.outcomes import Granted, Misconfigured, Outcome, Refused, Unavailable
 from app.secret import Secret
@@ -186,6 +187,15 @@ class Provider:
     options_schema: ClassVar[type[Schema]] = ProviderOptions
     option_defaults: ClassVar[Mapping[str, Any]] = _EMPTY
     explanations: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # Which causes stand behind this vendor's own codes, the likeliest first, and its own words on what to do.
+    causes: ClassVar[Mapping[str, tuple[Cause, ...]]] = MappingProxyType({})
+    remedies: ClassVar[Mapping[Cause, Remedy]] = MappingProxyType({})
+    # Who administers a customer's account, in a sentence: "the account's admin".
+    account_admin: ClassVar[str] = "the account's admin"
+    # Days after which a refresh token that nobody used may die, and how many approvals of one user for one
+    # app may stand at a time; None where the vendor has no such limit.
+    idle_days: ClassVar[float | None] = None
+    approvals_limit: ClassVar[int | None] = None
 
     # --- the app and its options ---
 
@@ -240,6 +250,22 @@ class Provider:
     def explain(self, code: str) -> str | None:
         """What an outcome's `code` means, in a sentence for the operator."""
         return self.explanations.get(code) or outcomes.EXPLANATIONS.get(code)
+
+    def causes_of(self, error: str) -> tuple[Cause, ...]:
+        """What may stand behind an error (`kind:code`, as a connection keeps it), the likeliest first; never
+        empty.
+        """
+        kind, _, code = error.partition(":")
+        for known in (self.causes, causes.BEHIND):
+            found = known.get(error) or known.get(code or kind)
+            if found:
+                return found
+        return causes.BEHIND.get(f"{kind}:", (Cause.UNRECOGNISED,))
+
+    def remedy(self, cause: Cause) -> Remedy:
+        """What this vendor's customers are told of a cause: what is wrong, who mends it and how."""
+        remedy = self.remedies.get(cause) or causes.REMEDIES[cause]
+        return remedy.named(title=self.title, admin=self.account_admin)
 
     # --- the browser's way ---
 

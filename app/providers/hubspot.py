@@ -21,6 +21,7 @@ from marshmallow import fields, validate
 from app.errors import InvalidRequest, ProviderMisconfigured, ProviderUnavailable
 from app.http_client import Answer
 from app.oauth2 import client, outcomes
+from app.oauth2.causes import Cause, Remedy
 from app.oauth2.client import Wire
 from app.oauth2.outcomes import Granted, Misconfigured, Outcome, Refused, Unavailable, text_of
 from app.oauth2.provider import (
@@ -48,10 +49,10 @@ _DATED: Final = validate.Regexp(r"(v[0-9]+|20[0-9]{2}-[0-9]{2}(-beta)?)\Z", erro
 # what is missing here stays what `error` makes of it, and never more than Misconfigured without one.
 _BY_STATUS: Final[Mapping[str, Outcome]] = MappingProxyType(
     {
-        "BAD_REFRESH_TOKEN": Refused("invalid_grant", "bad_refresh_token"),
-        "BAD_HUB": Refused("account_gone", "bad_hub"),
-        "BAD_AUTH_CODE": Refused("invalid_grant", "bad_code"),
-        "EXPIRED_AUTH_CODE": Refused("invalid_grant", "expired_code"),
+        "BAD_REFRESH_TOKEN": Refused("bad_refresh_token"),
+        "BAD_HUB": Refused("account_gone"),
+        "BAD_AUTH_CODE": Refused("bad_code"),
+        "EXPIRED_AUTH_CODE": Refused("expired_code"),
         "BAD_CLIENT_ID": Misconfigured("client_id_unknown"),
         "BAD_CLIENT_SECRET": Misconfigured("client_secret_refused"),
         "BAD_REDIRECT_URI": Misconfigured("redirect_uri_mismatch"),
@@ -121,7 +122,12 @@ class HubSpot(Provider):
     explanations = MappingProxyType(
         {
             "account_gone": "HubSpot does not know the account any more: deleted, disconnected or moved.",
+            "bad_code": "HubSpot does not know the code that came back; begin again.",
+            "bad_refresh_token": (
+                "HubSpot says that the refresh token is invalid, expired or revoked, as after an uninstall."
+            ),
             "code_verifier_refused": "HubSpot refuses the PKCE verifier; switch the option pkce off.",
+            "expired_code": "The code that came back had expired; begin again.",
             "migrating": (
                 "HubSpot is moving the account to another data centre; it answers again when that is done."
             ),
@@ -129,6 +135,55 @@ class HubSpot(Provider):
                 "The refresh token was issued to another client id; look whether the app's was changed."
             ),
             "wrong_hublet": "HubSpot answered from a region the account does not live in; it is asked again.",
+        }
+    )
+    account_admin = "the HubSpot account's admin"
+    causes = MappingProxyType(
+        {
+            # An uninstall, a revocation and a token that never was look the same from outside.
+            "bad_refresh_token": (
+                Cause.APP_UNINSTALLED,
+                Cause.GRANT_REVOKED,
+                Cause.USED_ELSEWHERE,
+                Cause.LOST_ANSWER,
+                Cause.APP_TOKENS_REVOKED,
+            ),
+            "account_gone": (Cause.ACCOUNT_GONE, Cause.ACCOUNT_MOVED),
+            "token_of_another_client": (Cause.OTHER_CLIENT, Cause.CLIENT_SWAPPED),
+            "migrating": (Cause.ACCOUNT_MOVING,),
+            "wrong_hublet": (Cause.ACCOUNT_MOVING,),
+        }
+    )
+    remedies = MappingProxyType(
+        {
+            Cause.APP_UNINSTALLED: Remedy(
+                "The app was uninstalled from the HubSpot account; one user's uninstall ends it for all users.",
+                "{admin} (a Super Admin, or somebody with Marketplace access)",
+                "Look under Connected Apps in the account, then install it again: on the admin page, or with "
+                "a link made with `drawbridge connection link`.",
+            ),
+            Cause.ACCOUNT_GONE: Remedy(
+                "HubSpot does not know the account (hub) any more: it was deleted or disconnected.",
+                "{admin}",
+                "If the account still exists, connect it again; if not, `drawbridge connection disconnect`.",
+            ),
+            Cause.ACCOUNT_MOVED: Remedy(
+                "The HubSpot account was moved to another region and its tokens did not move with it.",
+                "{admin}",
+                "Connect the account again: on the admin page, or with a link made with "
+                "`drawbridge connection link`.",
+            ),
+            Cause.ACCOUNT_MOVING: Remedy(
+                "HubSpot is moving the account to another data centre, or answered from the wrong region.",
+                "HubSpot",
+                "Nothing needs doing: it is asked again by itself; such a move may take up to a day.",
+            ),
+            Cause.CLIENT_SECRET_REFUSED: Remedy(
+                "HubSpot refuses every client secret we have: it was rotated on the app's Auth tab.",
+                "you, in Drawbridge's app settings and on the app's Auth tab",
+                "Copy the present secret from the Auth tab: `drawbridge app rotate`, or the setting "
+                "HUBSPOT_CLIENT_SECRET. No connection is lost.",
+            ),
         }
     )
 
@@ -185,7 +240,7 @@ class HubSpot(Provider):
     def classify(self, answer: Answer, *, request: TokenRequest = "refresh_token") -> Outcome:
         """As RFC 6749, and HubSpot's 477 for an account on the move; scopes come as the list `scopes`."""
         if answer.status == _MIGRATING:
-            return Unavailable("migrating", outcomes.retry_after(answer))
+            return Unavailable("migrating", outcomes.retry_after(answer), whole_app=False)
         outcome = super().classify(answer, request=request)
         return _with_scopes(outcome) if isinstance(outcome, Granted) else outcome
 
@@ -196,7 +251,7 @@ class HubSpot(Provider):
         grant.
         """
         if "correctHublet" in (data or {}):
-            return Unavailable("wrong_hublet")
+            return Unavailable("wrong_hublet", whole_app=False)
         status = text_of(data, "status").upper()
         # A complaint about a code cannot be about a refresh token: do not let it kill one.
         if status in _CODE_STATUSES and request != "authorization_code":

@@ -28,6 +28,7 @@ from marshmallow import ValidationError, fields
 
 from app.errors import InvalidRequest, ProviderMisconfigured, ProviderUnavailable
 from app.oauth2 import outcomes
+from app.oauth2.causes import Cause, Remedy
 from app.oauth2.client import Form, Wire
 from app.oauth2.outcomes import Granted, Misconfigured, Outcome, Refused, Unavailable, text_of
 from app.oauth2.provider import (
@@ -60,19 +61,28 @@ _MIN_RSA_BITS: Final = 2048
 _IDENTITY_PATH: Final = re.compile(r"/id/([0-9A-Za-z]{15,18})/([0-9A-Za-z]{15,18})/?")
 _CHECK_CHARACTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
 
-_TOO_LATE: Final = Refused("invalid_grant", "expired_code")
+_TOO_LATE: Final = Refused("expired_code")
 # `invalid_grant` means many things here; the lower-cased description tells them apart, by how it begins. What
 # is not listed is a refusal of the grant.
 _INVALID_GRANT: Final[Mapping[str, Outcome]] = MappingProxyType(
     {
-        "token request is already being processed": Unavailable("busy"),
-        "expired access/refresh token": Refused("invalid_grant", "expired_token"),
-        "authentication failure": Refused("invalid_grant", "authentication_failure"),
+        "token request is already being processed": Unavailable("busy", whole_app=False),
+        "expired access/refresh token": Refused("expired_token"),
+        "authentication failure": Refused("authentication_failure"),
         "audience validation failed": Misconfigured("wrong_audience"),
         "user hasn't approved this consumer": Misconfigured("user_not_approved", whole_app=False),
         "ip restricted": Misconfigured("ip_restricted", whole_app=False),
         "inactive user": Misconfigured("inactive_user", whole_app=False),
         "inactive org": Misconfigured("inactive_org", whole_app=False),
+    }
+)
+# What a refusal in words we do not know is called, by what was asked with.
+_IN_OTHER_WORDS: Final[Mapping[TokenRequest, Refused]] = MappingProxyType(
+    {
+        "authorization_code": Refused("invalid_grant"),
+        "refresh_token": Refused("unrecognised_refusal"),
+        "jwt_bearer": Refused("assertion_refused"),
+        "client_credentials": Refused("run_as_refused"),
     }
 )
 _BY_ERROR: Final[Mapping[str, Outcome]] = MappingProxyType(
@@ -83,8 +93,21 @@ _BY_ERROR: Final[Mapping[str, Outcome]] = MappingProxyType(
         "oauth_app_blocked": Misconfigured("app_blocked", whole_app=False),
         "rate_limit_exceeded": Unavailable("rate_limited", rate_limited=True),
         # The revoke endpoint's word for a token that is already dead.
-        "invalid_token": Refused("invalid_token", "unknown_token"),
+        "invalid_token": Refused("invalid_token"),
     }
+)
+
+
+# "Expired access/refresh token" is said of all of these (help.salesforce.com, OAuth Authorization Errors).
+_EXPIRED: Final = (
+    Cause.GRANT_REVOKED,
+    Cause.APPROVALS_EXCEEDED,
+    Cause.IDLE_EXPIRED,
+    Cause.TOKEN_POLICY,
+    Cause.USED_ELSEWHERE,
+    Cause.LOST_ANSWER,
+    Cause.APP_TOKENS_REVOKED,
+    Cause.CREDENTIALS_CHANGED,
 )
 
 
@@ -142,8 +165,17 @@ class Salesforce(Provider):
                 "The org's admin has blocked the app, or never installed it: Setup, Connected Apps OAuth "
                 "Usage."
             ),
+            "assertion_refused": (
+                "Salesforce refuses the signed assertion; look at the certificate at the app and at the user."
+            ),
             "assertion_failed": (
                 "No assertion could be signed: the connection lacks its user or a usable RSA private key."
+            ),
+            "authentication_failure": "The user's password changed or expired, or the user is switched off.",
+            "expired_code": "The code that came back had expired; begin again.",
+            "expired_token": (
+                "Salesforce says that the refresh token is expired: revoked, replaced, unused for too long, or "
+                "pushed out by later approvals."
             ),
             "expired_authorization_code": (
                 "Salesforce speaks of an expired code on a refresh, as it did in 2024 for two at once."
@@ -157,11 +189,106 @@ class Salesforce(Provider):
             "my_domain_required": (
                 "client_credentials works at My Domain only; set the app's option login_url to it."
             ),
+            "run_as_refused": (
+                "Salesforce gives the app's run-as user no token; look at the app's client credentials policy."
+            ),
+            "unrecognised_refusal": "Salesforce refuses the grant in words we do not know.",
             "user_not_approved": (
                 "The user is not pre-authorised for the app: permission set or profile in the app's policies."
             ),
             "wrong_audience": (
                 "Salesforce refuses the assertion's audience; set the app's option jwt_audience."
+            ),
+        }
+    )
+
+    account_admin = "the customer's Salesforce admin"
+    # The sliding window of the partner policy (help.salesforce.com, Limit Idle Refresh Token TTL).
+    idle_days = 30.0
+    # Per user and app; the sixth approval revokes the oldest.
+    approvals_limit = 5
+    causes = MappingProxyType(
+        {
+            "expired_token": _EXPIRED,
+            "expired_code": _EXPIRED,
+            "invalid_token": _EXPIRED,
+            "unrecognised_refusal": (*_EXPIRED, Cause.USER_INACTIVE),
+            "expired_authorization_code": (Cause.BUSY, Cause.USED_ELSEWHERE),
+            "authentication_failure": (Cause.CREDENTIALS_CHANGED, Cause.USER_INACTIVE),
+            "inactive_user": (Cause.USER_INACTIVE,),
+            "inactive_org": (Cause.ACCOUNT_INACTIVE,),
+            "ip_restricted": (Cause.ADDRESS_NOT_ALLOWED, Cause.EGRESS_CHANGED),
+            "app_blocked": (Cause.APP_BLOCKED,),
+            "user_not_approved": (Cause.USER_NOT_APPROVED,),
+            "run_as_refused": (Cause.RUN_AS_USER, Cause.GRANT_TYPE_OFF),
+            "assertion_refused": (
+                Cause.CERTIFICATE_REFUSED,
+                Cause.USER_INACTIVE,
+                Cause.USER_NOT_APPROVED,
+                Cause.CLOCK_WRONG,
+            ),
+            "wrong_audience": (Cause.WRONG_AUDIENCE,),
+            "my_domain_required": (Cause.MY_DOMAIN_REQUIRED,),
+        }
+    )
+    remedies = MappingProxyType(
+        {
+            Cause.APPROVALS_EXCEEDED: Remedy(
+                "A sixth approval of the same user for the same app pushed this one out: Salesforce keeps five.",
+                "{admin}",
+                "Give each installation (development, staging, production) an integration user or an app of its "
+                "own, then connect the account again.",
+            ),
+            Cause.IDLE_EXPIRED: Remedy(
+                "The refresh token was not used for 30 days, which ends it under Salesforce's partner policy.",
+                "{admin}",
+                "Connect the account again, and keep a worker running: it uses idle connections in time.",
+            ),
+            Cause.TOKEN_POLICY: Remedy(
+                "The app's refresh token policy in that org ended the token: at once, after a fixed time or idle.",
+                "{admin}",
+                "Set the app's refresh token policy to 'valid until revoked', or to a long idle time, then "
+                "connect the account again.",
+            ),
+            Cause.ACCOUNT_CHANGED: Remedy(
+                "Another org answers with this grant, as after a sandbox was refreshed; its token was not stored.",
+                "{admin}",
+                "Connect the org as a new connection and disconnect this one: all its record ids changed as well.",
+            ),
+            Cause.ADDRESS_NOT_ALLOWED: Remedy(
+                "The org does not allow this installation's address: IP ranges of profile, app or refresh tokens.",
+                "{admin}",
+                "Allow this installation's outgoing address there; the connection then goes on by itself.",
+            ),
+            Cause.APP_BLOCKED: Remedy(
+                "The org's admin has blocked the app, or never installed it.",
+                "{admin}",
+                "Setup, Connected Apps OAuth Usage: install or unblock the app; the connection then goes on.",
+            ),
+            Cause.APP_TOKENS_REVOKED: Remedy(
+                "All tokens of the app were revoked at once, as when its consumer key and secret are rotated.",
+                "you, on the app's page at Salesforce",
+                "Put the new consumer secret in: `drawbridge app rotate`; then connect every account again.",
+            ),
+            Cause.CLIENT_UNKNOWN: Remedy(
+                "Salesforce does not know the consumer key: mistyped, deleted, or the app is minutes old.",
+                "you, in Drawbridge's app settings and on the app's page at Salesforce",
+                "A new app takes up to ten minutes to be known; else compare the key with the app's page.",
+            ),
+            Cause.USER_NOT_APPROVED: Remedy(
+                "The user this connection acts for is not pre-authorised for the app.",
+                "{admin}",
+                "Name the user's profile or a permission set in the app's policies; the connection then goes on.",
+            ),
+            Cause.RUN_AS_USER: Remedy(
+                "The app has no usable run-as user for client credentials in that org.",
+                "{admin}",
+                "Set an active user to run as in the app's client credentials policy.",
+            ),
+            Cause.MY_DOMAIN_REQUIRED: Remedy(
+                "Client credentials work at the org's My Domain only, not at a shared login host.",
+                "you, in Drawbridge's app settings",
+                "Set the app's option login_url to https://<name>.my.salesforce.com.",
             ),
         }
     )
@@ -231,9 +358,9 @@ class Salesforce(Provider):
             if request == "authorization_code":
                 return _TOO_LATE
             # In mid-2024 this was how Salesforce said "busy": it excuses itself once.
-            return Unavailable("expired_authorization_code", then=_TOO_LATE)
+            return Unavailable("expired_authorization_code", then=_TOO_LATE, whole_app=False)
         found = (outcome for start, outcome in _INVALID_GRANT.items() if description.startswith(start))
-        return next(found, Refused("invalid_grant", "other"))
+        return next(found, _IN_OTHER_WORDS[request])
 
     def account_told(self, app: App, granted: Granted) -> Account | None:
         """Org, user and API host from the token answer, which names them each time.

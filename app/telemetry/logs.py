@@ -130,6 +130,9 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
     root.addHandler(_Scrubber())
     root.setLevel(threshold)
     _take_over(root.manager)
+    # Its INFO is every SQL statement, which it asks about once, when an engine is made.
+    statements = logging.NOTSET if threshold <= logging.DEBUG else max(threshold, logging.WARNING)
+    logging.getLogger("sqlalchemy").setLevel(statements)
     if stream is None:
         _tell_of_crashes()
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
+from dataclasses import asdict
 from threading import BoundedSemaphore
 from typing import Any, Final
 
@@ -14,12 +15,13 @@ from flask import current_app, g, request
 from app.access.callers import Caller
 from app.access.permissions import Action
 from app.broker.connection import Connection
+from app.broker.doctor import Vitals
 from app.broker.issue import DEFAULT_MAX_WAIT, FORCED_EVERY
 from app.broker.refresh import EndingKind
 from app.errors import InvalidRequest, RefreshInProgress
 from app.web.api import ApiBlueprint
 from app.web.asking import ask_caller, require_somewhere, services
-from app.web.schemas import Connections, DisconnectQuery, ListQuery, NoQuery, OneConnection
+from app.web.schemas import Connections, DisconnectQuery, DoctorReport, ListQuery, NoQuery, OneConnection
 
 __all__ = ["FORCED_PLACES", "blueprint", "force_refresh"]
 
@@ -56,7 +58,8 @@ def list_connections(query: _Row) -> _Row:
     require_somewhere(caller, Action.CONNECTION_READ)
     shown, last = _readable(caller, after=query.get("after", ""), limit=query["limit"])
     names = _app_names()
-    return {"connections": [_shown(one, names) for one in shown], "next": last}
+    told = services().examiner.vitals(shown)
+    return {"connections": [_row(one, names, told[one.id]) for one in shown], "next": last}
 
 
 @blueprint.on("GET", "/v1/connections/<name:name>")
@@ -67,6 +70,18 @@ def show_connection(query: _Row, name: str) -> _Row:
     """Show one connection."""
     _allowed(Action.CONNECTION_READ, name)
     return _shown(services().store.named(name), _app_names())
+
+
+@blueprint.on("GET", "/v1/connections/<name:name>/doctor")
+@blueprint.query(NoQuery)
+@blueprint.answers(200, DoctorReport)
+@blueprint.errors(400, 401, 403, 404, 429, 503)
+def examine_connection(query: _Row, name: str) -> _Row:
+    """Say what is the matter with a connection: whose fault it is, what stands behind it, who mends it and how."""
+    _allowed(Action.CONNECTION_READ, name)
+    connection = services().store.named(name)
+    found = services().examiner.examine(connection)
+    return asdict(found) | {"name": connection.name, "state": connection.state, "healthy": found.healthy}
 
 
 @blueprint.on("POST", "/v1/connections/<name:name>/refresh")
@@ -192,5 +207,9 @@ _SHOWN: Final = (
 
 
 def _shown(connection: Connection, app_names: Mapping[str, str]) -> _Row:
+    return _row(connection, app_names, services().examiner.vitals([connection])[connection.id])
+
+
+def _row(connection: Connection, app_names: Mapping[str, str], told: Vitals) -> _Row:
     row: _Row = {name: getattr(connection, name) for name in _SHOWN}
-    return row | {"app": app_names.get(connection.app_id)}
+    return row | {"app": app_names.get(connection.app_id)} | asdict(told)

@@ -176,7 +176,7 @@ def _report(ours: Services) -> dict[str, Any]:
 def _checks(ours: Services) -> dict[str, list[dict[str, Any]]]:
     now = ours.clock.now()
     alive = installation.alive(ours.database, now=now)
-    opened = findings.open_findings(ours.database)
+    told = ours.examiner.tell(findings.open_findings(ours.database))
     held = ours.adoption.disagreement()
     counts = sorted(ours.store.counts().items())
     return {
@@ -204,13 +204,14 @@ def _checks(ours: Services) -> dict[str, list[dict[str, Any]]]:
         ],
         "findings": [
             {
-                "componentType": finding.kind,
-                "componentId": finding.id,
-                "observedValue": finding.count,
+                "componentType": one.finding.kind,
+                "componentId": one.finding.id,
+                "observedValue": one.finding.count,
                 "observedUnit": "times seen",
                 "status": "warn",
+                "output": f"{one.diagnosis.sentence} Who: {one.diagnosis.who}. {one.diagnosis.how}",
             }
-            for finding in opened
+            for one in told
         ],
         "refreshing": [
             {"status": "pass"}

@@ -7,18 +7,21 @@ from typing import Any, Final
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
-from app.broker.connection import AdminState, Health
+from app.broker.connection import AdminState, Health, Rotation
+from app.oauth2.causes import Fault
 from app.web.arguments import NAME_PATTERN
 
 __all__ = [
     "STATES",
     "Connections",
     "DisconnectQuery",
+    "DoctorReport",
     "HealthEntry",
     "HealthReport",
     "ListQuery",
     "NoQuery",
     "OneConnection",
+    "Possibility",
 ]
 
 STATES: Final = (
@@ -71,6 +74,74 @@ class OneConnection(Schema):
     )
     last_error_at = _moment("When that was.")
     retry_at = _moment("Not refreshed before then.")
+
+    rotation = fields.String(
+        required=True,
+        allow_none=True,
+        metadata={
+            "description": "Whether the provider replaces the refresh token: seen, not_seen or unknown; null without one.",
+            "enum": [*(rotation.value for rotation in Rotation), None],
+        },
+    )
+    life_seconds = fields.Float(
+        required=True,
+        allow_none=True,
+        metadata={"description": "How long an access token lives as a whole.", "minimum": 0},
+    )
+    life_measured = fields.Boolean(
+        required=True,
+        allow_none=True,
+        metadata={"description": "True where the provider told that life, false where it is assumed."},
+    )
+    idle_days_left = fields.Float(
+        required=True,
+        allow_none=True,
+        metadata={
+            "description": "Salesforce: days until a refresh token that nobody uses may die, of 30 from the last refresh; "
+            "null where the provider has no such limit or the last use is not known.",
+            "minimum": 0,
+        },
+    )
+    approvals_known = fields.Integer(
+        required=True,
+        allow_none=True,
+        metadata={"description": "Salesforce: approvals of this user for this app known here.", "minimum": 0},
+    )
+    approvals_limit = fields.Integer(
+        required=True,
+        allow_none=True,
+        metadata={"description": "How many may stand; one more pushes the oldest out.", "minimum": 1},
+    )
+    approvals_warning = fields.String(
+        required=True, allow_none=True, metadata={"description": "A sentence when the limit is near."}
+    )
+
+
+class Possibility(Schema):
+    """One thing that may be the matter with a connection."""
+
+    fault = _text("Whose fault it is.", enum=[fault.value for fault in Fault])
+    cause = _text("What stands behind it, as one word.")
+    sentence = _text("The same as a plain sentence.")
+    who = _text("Who can mend it.")
+    how = _text("How.")
+    evidence = fields.List(
+        fields.String(), required=True, metadata={"description": "What speaks for it, in sentences."}
+    )
+
+
+class DoctorReport(Possibility):
+    """What is the matter with a connection; never its tokens."""
+
+    name = _text("The connection.")
+    state = _text("As the connection shows it.", enum=list(STATES))
+    healthy = fields.Boolean(required=True, metadata={"description": "Whether nothing is wrong."})
+    code = _text("What it was judged by: the last error, or a word of ours.")
+    others = fields.List(
+        fields.Nested(Possibility),
+        required=True,
+        metadata={"description": "What else it may be, the likeliest first."},
+    )
 
 
 class Connections(Schema):

@@ -29,8 +29,8 @@ from app.db.migrate import migrate
 from app.db.schema import audit, audit_writers
 from app.errors import AuditUnavailable
 from tests.access_stage import AUDIT_KEY, JumpingClock, databases
-from tests.broker_world import until
 from tests.contract.audit_outage import bring_back, take_away
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 Maker = Callable[..., Trail]

@@ -3,8 +3,7 @@
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from app.db.epoch import EpochName, EpochWatch, bump
 from app.db.migrate import migrate
 from app.errors import DatabaseUnavailable
 from tests.postgres import PostgresServer, temporary_server
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -75,14 +75,6 @@ def change(database: Database, name: EpochName) -> int:
     """What every change does."""
     with database.write() as connection:
         return bump(connection, name)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must come; a test hangs no longer than half a minute on what does not."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        threading.Event().wait(0.01)
 
 
 class TestBump:

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 from app import errors
+from app.broker import doctor
+from app.oauth2 import causes
+from app.oauth2.provider import Provider
 from app.settings import table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -35,7 +38,19 @@ def errors_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"settings": settings_table, "errors": errors_table}
+def causes_table() -> str:
+    """Every cause the doctor knows, whose fault it is and who mends it, in the words for a plain provider."""
+    lines = ["| cause | fault | what it means | who mends it |", "|---|---|---|---|"]
+    for cause, fault in causes.FAULTS.items():
+        said = causes.REMEDIES[cause].named(title="the provider", admin=Provider.account_admin)
+        lines.append(f"| `{cause}` | {fault} | {said.sentence} | {said.who} |")
+    for condition, (fault, remedy) in doctor.CONDITIONS.items():
+        said = remedy.named(title="the provider", admin=Provider.account_admin)
+        lines.append(f"| `{condition}` | {fault} | {said.sentence} | {said.who} |")
+    return "\n".join(lines)
+
+
+TABLES = {"settings": settings_table, "errors": errors_table, "causes": causes_table}
 
 
 def with_tables(text: str) -> str:

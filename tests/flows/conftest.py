@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from emulator import Emulator, running
+from tests.broker_world import World, world
+from tests.postgres import ExternalServer, PostgresServer
 from tests.web_stage import Stage, staged
 
 
@@ -28,3 +30,23 @@ def either_stage(vendors: Emulator, tmp_path: Path, database_url: str) -> Iterat
     """Give a broker on each kind of database in turn."""
     with staged(vendors, database_url, tmp_path / "state") as stage:
         yield stage
+
+
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One world of two hosts on each kind of database for all tests of a file."""
+    directory: Path = tmp_path_factory.mktemp("world")
+    url = f"sqlite:///{directory / 'drawbridge.db'}"
+    if request.param == "postgresql":
+        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
+        url = server.create_database()
+    with world(url, directory) as opened:
+        yield opened
+
+
+@pytest.fixture
+def made(standing: World) -> Iterator[World]:
+    """The world, empty."""
+    standing.clear()
+    yield standing
+    standing.clear()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -34,30 +32,9 @@ from app.errors import (
     ProviderUnavailable,
 )
 from app.secret import Secret
-from tests.broker_world import LEASE, World, connect_account, import_line, paused, together, until, world
+from tests.broker_world import LEASE, World, connect_account, import_line, paused, together
 from tests.installation import HUBSPOT, SALESFORCE
-from tests.postgres import ExternalServer, PostgresServer
-
-
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One world on each kind of database for all tests of this file."""
-    directory: Path = tmp_path_factory.mktemp("world")
-    url = f"sqlite:///{directory / 'drawbridge.db'}"
-    if request.param == "postgresql":
-        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    with world(url, directory) as opened:
-        yield opened
-
-
-@pytest.fixture
-def made(standing: World) -> Iterator[World]:
-    """The world, empty."""
-    standing.clear()
-    yield standing
-    standing.clear()
-
+from tests.waiting import until
 
 # The trip through the consent page
 

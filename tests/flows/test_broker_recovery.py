@@ -21,31 +21,11 @@ from app.broker.connection import Connection, Health
 from app.broker.refresh import EndingKind
 from app.db.schema import connections
 from app.errors import Conflict, ConnectionDisabled, DatabaseUnavailable, RefreshHeld
-from tests.broker_world import LEASE, PATIENCE, World, connect_account, paused, until, world
+from tests.broker_world import LEASE, World, connect_account, paused
 from tests.installation import SALESFORCE, Installation, add_caller, connect, installation
-from tests.postgres import ExternalServer, PostgresServer
+from tests.waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One world on each kind of database for all tests of this file."""
-    directory: Path = tmp_path_factory.mktemp("world")
-    url = f"sqlite:///{directory / 'drawbridge.db'}"
-    if request.param == "postgresql":
-        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    with world(url, directory) as opened:
-        yield opened
-
-
-@pytest.fixture
-def made(standing: World) -> Iterator[World]:
-    """The world, empty."""
-    standing.clear()
-    yield standing
-    standing.clear()
 
 
 def leave_open(host: Services, connection: Connection) -> None:
@@ -84,7 +64,7 @@ def test_a_dead_holder_that_had_rotated_ends_in_lost_answer(made: World) -> None
         made.refresh(connection)
         lost = made.now(connection)
         assert (lost.health, lost.last_error) == (Health.NEEDS_RECONNECT, "lost_answer")
-        assert made.attempts(connection) == [("unknown", "holder_died"), ("refused", "invalid_grant")]
+        assert made.attempts(connection) == [("unknown", "holder_died"), ("refused", "expired_token")]
 
 
 def test_a_dead_holder_of_a_plain_connection_is_just_followed(made: World) -> None:
@@ -406,6 +386,15 @@ def test_a_process_killed_after_the_fsync_loses_nothing(database_url: str, tmp_p
         assert list((tmp_path / "killed" / "journal").iterdir()) == []
 
 
+def test_an_answer_with_the_same_refresh_token_is_not_worth_a_journal(made: World) -> None:
+    """HubSpot's answers bring no new refresh token; were one lost, asking again would do."""
+    connection = made.connected("hubspot")
+    journal = made.made.directory / "host1" / "journal" / made.one.journal.name
+    journal.unlink(missing_ok=True)
+    assert made.one.refresher.ask(connection).result(PATIENCE).kind is EndingKind.REFRESHED
+    assert not journal.exists()
+
+
 def test_a_process_killed_before_the_fsync_does_not_cost_the_living_token(tmp_path: Path) -> None:
     """The answer is gone; nobody presents the old refresh token while the access token lives."""
     with installation(f"sqlite:///{tmp_path / 'drawbridge.db'}", tmp_path) as made:
@@ -505,7 +494,7 @@ def test_a_state_dir_of_another_installation_holds_refreshing(tmp_path: Path) ->
     """STATE_DIR and database that do not belong together are noticed, and the journal in it is left for its owner."""
     with installation(f"sqlite:///{tmp_path / 'one.db'}", tmp_path) as made:
         host = made.host(**SHORT)
-        connection = connect(host, made, "hubspot")
+        connection = connect(host, made, "salesforce")
         killed_while_refreshing(made, connection.name, when="after")
         host.close()
         (tmp_path / "killed" / "high-water.json").write_text('{"installation": "another", "connections": 1}')

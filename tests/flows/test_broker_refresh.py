@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 
@@ -23,31 +22,11 @@ from app.errors import (
     ProviderUnavailable,
     RefreshInProgress,
 )
-from tests.broker_world import LEASE, PATIENCE, World, paused, together, until, world
+from tests.broker_world import LEASE, World, paused, together
 from tests.installation import SALESFORCE
-from tests.postgres import ExternalServer, PostgresServer
+from tests.waiting import PATIENCE, until
 
 CALLERS = 64
-
-
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One world on each kind of database for all tests of this file."""
-    directory: Path = tmp_path_factory.mktemp("world")
-    url = f"sqlite:///{directory / 'drawbridge.db'}"
-    if request.param == "postgresql":
-        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    with world(url, directory) as opened:
-        yield opened
-
-
-@pytest.fixture
-def made(standing: World) -> Iterator[World]:
-    """The world, empty."""
-    standing.clear()
-    yield standing
-    standing.clear()
 
 
 # One spend

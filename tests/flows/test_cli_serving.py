@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.flows.worker_stage import until
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ import pytest
 
 from app.access.permissions import Permission
 from emulator import Emulator
-from tests.broker_world import until
 from tests.processes import CONFIG, Server, free_port, serve
+from tests.waiting import until
 from tests.web_stage import Stage, environment, staged
 
 CROWD = 24

@@ -15,8 +15,9 @@ from app.db.schema import apps, attempts
 from app.errors import DatabaseUnavailable
 from app.jobs.worker import RATE_OPTION
 from app.secret import Secret
-from tests.flows.worker_stage import bring_in, connections_of, until, working
+from tests.flows.worker_stage import bring_in, connections_of, working
 from tests.installation import HUBSPOT, connect, installation
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 

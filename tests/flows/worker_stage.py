@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +14,9 @@ from app.broker.connection import Connection
 from app.jobs.worker import Worker
 from emulator import Minted
 from tests.installation import HUBSPOT, SALESFORCE, Installation
+from tests.waiting import PATIENCE
 
 CLIENTS = {"hubspot": HUBSPOT, "salesforce": SALESFORCE}
-PATIENCE = 90.0  # seconds until something that must happen counts as not happening
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,3 @@ def bring_in(
 def connections_of(host: Services) -> list[Connection]:
     """All connections as they are in the database now."""
     return host.store.page(limit=5000)
-
-
-def until(happened: Callable[[], bool]) -> None:
-    """Return as soon as something has happened."""
-    give_up = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < give_up, "it did not happen"
-        time.sleep(0.05)

@@ -449,3 +449,11 @@ def test_the_admin_sees_one_word() -> None:
     lost = a_connection(health=Health.NEEDS_RECONNECT)
     assert lost.state == "needs_reconnect"
     assert replace(lost, admin_state=AdminState.DISCONNECTING).state == "disconnecting"
+
+
+@given(st.sampled_from(["busy", "migrating", "wrong_hublet"]), st.booleans())
+def test_what_concerns_one_grant_does_not_pause_the_app(code: str, whole_app: bool) -> None:
+    """P9: an account on the move or a token that is in use elsewhere is no trouble of the app's other connections."""
+    result = settled(a_connection(), Unavailable(code, whole_app=whole_app))
+    assert result.trouble is (AppTrouble.DOWN if whole_app else AppTrouble.NONE)
+    assert result.connection.health is Health.RETRYING

@@ -107,10 +107,10 @@ def test_plain_server_table(status: int, body: Any, expected: Outcome) -> None:
 
 
 HUBSPOT: list[tuple[int, Any, Outcome]] = [
-    (400, error("invalid_grant", status="BAD_REFRESH_TOKEN"), Refused("invalid_grant", "bad_refresh_token")),
-    (400, {"status": "BAD_REFRESH_TOKEN", "message": "m"}, Refused("invalid_grant", "bad_refresh_token")),
-    (400, error("access_denied", status="BAD_HUB"), Refused("account_gone", "bad_hub")),
-    (403, {"status": "BAD_HUB", "message": "missing or unknown hub id"}, Refused("account_gone", "bad_hub")),
+    (400, error("invalid_grant", status="BAD_REFRESH_TOKEN"), Refused("bad_refresh_token")),
+    (400, {"status": "BAD_REFRESH_TOKEN", "message": "m"}, Refused("bad_refresh_token")),
+    (400, error("access_denied", status="BAD_HUB"), Refused("account_gone")),
+    (403, {"status": "BAD_HUB", "message": "missing or unknown hub id"}, Refused("account_gone")),
     (
         400,
         error("invalid_grant", status="MISMATCH_REFRESH_TOKEN_CLIENT"),
@@ -129,9 +129,9 @@ HUBSPOT: list[tuple[int, Any, Outcome]] = [
     (400, error("invalid_grant", status="SOMETHING_NEW"), Refused("invalid_grant")),
     (400, {"status": "SOMETHING_NEW", "message": "m"}, Misconfigured("unrecognised_error")),
     (400, {"status": "error", "message": "m"}, Misconfigured("unrecognised_error")),
-    (400, {"status": "error", "correctHublet": "eu1"}, Unavailable("wrong_hublet")),
+    (400, {"status": "error", "correctHublet": "eu1"}, Unavailable("wrong_hublet", whole_app=False)),
     (429, {"status": "error", "errorType": "RATE_LIMIT"}, Unavailable("rate_limited", rate_limited=True)),
-    (477, b"", Unavailable("migrating")),
+    (477, b"", Unavailable("migrating", whole_app=False)),
 ]
 
 
@@ -141,14 +141,18 @@ def test_hubspot_table(status: int, body: Any, expected: Outcome) -> None:
     assert provider("hubspot").classify(answer(status, body)) == expected
 
 
-BUSY = Unavailable("busy")
-LATE = Refused("invalid_grant", "expired_code")
+BUSY = Unavailable("busy", whole_app=False)
+LATE = Refused("expired_code")
 SALESFORCE: list[tuple[str, str, Outcome]] = [
-    ("invalid_grant", "expired access/refresh token", Refused("invalid_grant", "expired_token")),
+    ("invalid_grant", "expired access/refresh token", Refused("expired_token")),
     ("invalid_grant", "token request is already being processed", BUSY),
     ("invalid_grant", "Token request is already being processed", BUSY),
-    ("invalid_grant", "expired authorization code", Unavailable("expired_authorization_code", then=LATE)),
-    ("invalid_grant", "authentication failure", Refused("invalid_grant", "authentication_failure")),
+    (
+        "invalid_grant",
+        "expired authorization code",
+        Unavailable("expired_authorization_code", then=LATE, whole_app=False),
+    ),
+    ("invalid_grant", "authentication failure", Refused("authentication_failure")),
     ("invalid_grant", "Audience validation failed", Misconfigured("wrong_audience")),
     (
         "invalid_grant",
@@ -158,8 +162,8 @@ SALESFORCE: list[tuple[str, str, Outcome]] = [
     ("invalid_grant", "ip restricted", Misconfigured("ip_restricted", whole_app=False)),
     ("invalid_grant", "inactive user", Misconfigured("inactive_user", whole_app=False)),
     ("invalid_grant", "inactive organization", Misconfigured("inactive_org", whole_app=False)),
-    ("invalid_grant", "something new", Refused("invalid_grant", "other")),
-    ("invalid_grant", "", Refused("invalid_grant", "other")),
+    ("invalid_grant", "something new", Refused("unrecognised_refusal")),
+    ("invalid_grant", "", Refused("unrecognised_refusal")),
     ("invalid_client", "invalid client credentials", Misconfigured("invalid_client")),
     ("invalid_client_id", "client identifier invalid", Misconfigured("client_id_unknown")),
     ("unsupported_grant_type", "grant type not supported", Misconfigured("unsupported_grant_type")),
@@ -188,7 +192,7 @@ def test_hubspot_complaint_about_a_code_is_a_refusal_only_at_the_exchange() -> N
     """BAD_AUTH_CODE refuses a code and can never refuse a refresh token."""
     bad = answer(400, error("invalid_grant", status="BAD_AUTH_CODE"))
     outcome = provider("hubspot").classify(bad, request="authorization_code")
-    assert outcome == Refused("invalid_grant", "bad_code")
+    assert outcome == Refused("bad_code")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def show() -> Response:
         first=not query.get("after"),
         apps=apps,
         app_names={app.id: app.reference for app in apps},
-        findings=findings.open_findings(ours.database),
+        findings=ours.examiner.tell(findings.open_findings(ours.database)),
         held=ours.adoption.disagreement(),
         providers=ours.providers,
         name_pattern=NAME_PATTERN,
