@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[left_out_key].update(leaving.values())
         config.hook.pytest_deselected(items=list(leaving))
         items[:] = [item for item in items if item not in leaving]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports, when the tests run in several."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash[left_out_key])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear what each of several processes left out; all of them leave out the same."""
+    told = getattr(node, "workeroutput", {}).get("left_out", {})
+    node.config.stash[left_out_key] = Counter(told)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -41,12 +41,17 @@ def test_left_out_parts_are_printed_and_their_tests_counted() -> None:
     """A run without a part says so before and after the tests."""
     done = command("--without", "postgres", "--without", "browser", "tests/unit/test_postgres_server.py")
     assert "postgres: left out on request" in done.stdout
-    assert (
-        "running: pytest --without-postgres --without-browser tests/unit/test_postgres_server.py"
-        in done.stdout
-    )
+    assert "--without-postgres --without-browser tests/unit/test_postgres_server.py" in done.stdout
     assert "LEFT OUT on request: postgres (5 tests need PostgreSQL)" in done.stdout
     assert done.returncode == 0
+
+
+def test_several_processes_share_the_tests_unless_one_is_wanted() -> None:
+    """Who gives the number of processes, or wants a debugger, gets what was asked for."""
+    shared = run.side_by_side(["tests/unit"])
+    assert int(shared[shared.index("--numprocesses") + 1]) > 1
+    for wish in ("-n0", "--numprocesses=1", "--pdb"):
+        assert run.side_by_side([wish]) == []
 
 
 def test_exit_code_and_other_arguments_are_pytests() -> None:
