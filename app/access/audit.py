@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -187,6 +187,14 @@ class Trail:
             return None
         with self._pen:
             return Head(chain.writer.id, chain.n, chain.mac.hex()) if chain.n else None
+
+    @property
+    def standing(self) -> Literal["online", "spooling", "refusing"]:
+        """Where this process's rows go at this moment; a database that has gone is noticed when a row is written."""
+        chain = self._chain
+        if chain is None or chain.away_since is None:
+            return "online"
+        return "spooling" if self._refusal(chain) is None and not chain.told else "refusing"
 
     def log_head(self) -> None:
         """Put the head into the log, which somebody else keeps: `verify` can hold the database to it. Once

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Response, current_app, request
 
+from app.access.audit import Trail
 from app.access.permissions import Action
 from app.bootstrap import VERSION, Services
 from app.broker import findings, installation
@@ -232,8 +233,18 @@ def _worker(alive: Iterable[installation.ProcessRow]) -> dict[str, Any]:
 
 
 def _audit(ours: Services) -> dict[str, Any]:
+    standing, answers = ours.trail.standing, _answers(ours.trail)
+    if standing == "online" and answers:
+        return {"status": "pass"}
+    away = f"The audit database does not {'take rows' if answers else 'answer'}"
+    if standing == "refusing":
+        return {"status": "fail", "output": f"{away} and the reserve takes no more: nothing is handed out."}
+    return {"status": "warn", "output": f"{away}; entries go to the reserve."}
+
+
+def _answers(trail: Trail) -> bool:
     try:
-        ours.trail.search(limit=1)
+        trail.search(limit=1)
     except DatabaseUnavailable:
-        return {"status": "warn", "output": "The audit database does not answer; entries go to the reserve."}
-    return {"status": "pass"}
+        return False
+    return True

@@ -521,11 +521,14 @@ def test_an_outage_is_borne_for_the_grace_and_caught_up(
         list(pool.map(lambda n: trail.record(entry(f"away-{n:02}")), range(40)))
     clock.jump(59)
     trail.record(entry("away-99"))
+    assert trail.standing == "spooling"
     clock.jump(2)
     with pytest.raises(AuditUnavailable):
         trail.record(entry("too late"))
+    assert trail.standing == "refusing"
     bring_back(database)
     returned(trail)
+    assert trail.standing == "online"
     trail.record(entry("after"))
     found = targets(trail)
     assert (found[0], found[-2:]) == ("before", ["away-99", "after"])

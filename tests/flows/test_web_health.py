@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from app.access.audit import Entry
 from app.db.epoch import bump
 from app.db.schema import keks
-from app.errors import DatabaseUnavailable
+from app.errors import AuditUnavailable, DatabaseUnavailable
 from app.settings import load
 from app.web.asking import client_address
 from emulator import Emulator
+from tests.contract.audit_outage import bring_back, take_away
 from tests.web_stage import Stage, environment, staged
 
 
@@ -121,6 +123,26 @@ def test_health_warns_during_the_grace_and_is_503_after_it(
     stage.clock.jump(60)
     gone = stage.ask("/health")
     assert (gone.status, gone.code) == (503, "overloaded")
+
+
+def test_health_says_whether_the_trail_still_takes_rows(stage: Stage) -> None:
+    """Entries that go to the reserve are a warning; when nothing can be recorded, nothing is handed out: a failure."""
+    trail, database = stage.services.trail, stage.services.audit_database
+    entry = Entry("admin:cli", "broker:token:issued")
+    trail.record(entry)
+    assert stage.ask("/health").json["checks"]["audit"] == [{"status": "pass"}]
+    take_away(database)
+    try:
+        trail.record(entry)
+        (audit,) = stage.ask("/health").json["checks"]["audit"]
+        assert (audit["status"], "go to the reserve" in audit["output"]) == ("warn", True)
+        stage.clock.jump(61)
+        with pytest.raises(AuditUnavailable):
+            trail.record(entry)
+        (audit,) = stage.ask("/health").json["checks"]["audit"]
+        assert (audit["status"], "nothing is handed out" in audit["output"]) == ("fail", True)
+    finally:
+        bring_back(database)
 
 
 def test_metrics_are_there_only_for_their_token(vendors: Emulator, tmp_path: Path) -> None:
