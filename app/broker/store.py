@@ -412,17 +412,7 @@ class Store:
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
-        with self._database.write() as transaction:
-            ids = [row.id for row in transaction.execute(due)]
-            if not ids:
-                return []
-            transaction.execute(
-                sa.update(connections)
-                .where(connections.c.id.in_(ids))
-                .values(refresh_at=db_now() + int(hold * _MICROSECONDS))
-            )
-            rows = transaction.execute(_SELECT.where(connections.c.id.in_(ids)))
-            return [_connection(row._mapping) for row in rows]
+        return self._claim(due, connections.c.refresh_at, hold=hold)
 
     def claim_disconnecting(self, *, limit: int, hold: float) -> list[Connection]:
         """The same for connections that still wait to be revoked upstream."""
@@ -435,6 +425,12 @@ class Store:
             .limit(limit)
             .with_for_update(skip_locked=True)
         )
+        return self._claim(due, connections.c.retry_at, hold=hold)
+
+    def _claim(
+        self, due: sa.Select[tuple[str]], stamp: sa.Column[datetime], *, hold: float
+    ) -> list[Connection]:
+        """Put off what is due, so that nobody else takes it meanwhile, and return it."""
         with self._database.write() as transaction:
             ids = [row.id for row in transaction.execute(due)]
             if not ids:
@@ -442,7 +438,7 @@ class Store:
             transaction.execute(
                 sa.update(connections)
                 .where(connections.c.id.in_(ids))
-                .values(retry_at=db_now() + int(hold * _MICROSECONDS))
+                .values({stamp: db_now() + int(hold * _MICROSECONDS)})
             )
             rows = transaction.execute(_SELECT.where(connections.c.id.in_(ids)))
             return [_connection(row._mapping) for row in rows]

@@ -28,10 +28,9 @@ from app.db.schema import processes
 from app.jobs.housekeeping import Tidying
 from app.oauth2.causes import Fault
 from app.secret import Secret
-from tests.broker_world import LEASE, World, connect_account, import_line, world, write_direct
+from tests.broker_world import LEASE, World, connect_account, import_line, write_direct
 from tests.contract.provider_stages import closed_port_url
 from tests.installation import HUBSPOT, SALESFORCE
-from tests.postgres import ExternalServer, PostgresServer
 from tests.waiting import until
 
 DAY = 86_400
@@ -43,18 +42,6 @@ SETTINGS: dict[str, Any] = {
     "preauthorized": True,
     "jwt_public_key": None,
 }
-
-
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One world on each kind of database for all tests of this file."""
-    directory: Path = tmp_path_factory.mktemp("world")
-    url = f"sqlite:///{directory / 'drawbridge.db'}"
-    if request.param == "postgresql":
-        server: PostgresServer | ExternalServer = request.getfixturevalue("postgres_server")
-        url = server.create_database()
-    with world(url, directory) as opened:
-        yield opened
 
 
 @pytest.fixture
