@@ -43,11 +43,12 @@ from app.crypto.envelope import Sealer
 from app.crypto.keyring import Keyring
 from app.db.engine import Database, open_databases
 from app.db.epoch import EpochWatch
+from app.errors import StartRefused
 from app.http_client import HttpClient
 from app.oauth2.provider import Provider
 from app.providers import discover
 from app.settings import Settings
-from app.telemetry import metrics
+from app.telemetry import Event, log, metrics
 
 __all__ = ["VERSION", "Kind", "Services", "bootstrap", "prepare_database"]
 
@@ -142,14 +143,22 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
 
     Raises `KeyringFault`, `DatabaseMismatch`, `DatabaseUnavailable`; nothing is left running then.
     """
+    try:
+        return _wired(settings, kind=kind, clock=clock or Clock())
+    except StartRefused as refusal:
+        log(Event.START_REFUSED, kind=kind, code=refusal.code, reason=refusal.detail)
+        raise
+
+
+def _wired(settings: Settings, *, kind: Kind, clock: Clock) -> Services:
     from app.db.migrate import require_current
 
-    clock = clock or Clock()
     metrics.prepare(settings.state_dir)
     database, audit_database = open_databases(settings, clock)
     require_current(database, audit_database)
     database.sample_clock()
     keyring = Keyring.load(settings)
+    keyring.tell()
     audit_key = unlock(database, keyring)
     watch = EpochWatch(database, clock)
     epochs = Belief(watch, clock, outage_grace=settings.outage_grace_seconds)
@@ -225,6 +234,7 @@ def bootstrap(settings: Settings, *, kind: Kind, clock: Clock | None = None) -> 
             Chore("clock", 10.0, database.sample_clock),
             Chore("leftovers", 1.0, refresher.save_leftovers),
             Chore("hand-outs", 0.5, issuer.count),
+            Chore("audit entries", 0.5, trail.count),
             Chore("used", 5.0, lambda: store.mark_used(issuer.take_used(), now=clock.now())),
             Chore("callers", 30.0, authentication.note_used),
             Chore("denials", 1.0, denials.tick),

@@ -31,9 +31,10 @@ import socket
 import sqlite3
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -43,12 +44,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app.access.chain import ChainKeys, Head, Row
 from app.access.inspection import Verdict, inspect, prune
-from app.access.ledger import Fenced, Ledger, Writer
+from app.access.ledger import Ledger, Writer
 from app.access.spool import Batch, Spool, orphans
 from app.clock import Clock
 from app.db.engine import Database
 from app.errors import AuditUnavailable, DatabaseUnavailable
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
 
 __all__ = ["Entry", "Found", "Page", "Trail"]
 
@@ -60,6 +61,7 @@ _SLICE: Final = (
 )
 _RESERVE: Final = 4 * 1024 * 1024  # about 15 000 rows
 _HEAD_EVERY: Final = 1.0  # seconds the stored head may be behind the rows
+_HEAD_LATE: Final = 10.0  # seconds after which a head that cannot be moved is told
 _IDLE_ROUNDS: Final = 10  # after so many seconds without a row the thread that moves the head ends
 _REVIVE_EVERY: Final = 1.0  # seconds between two attempts to return to the database
 _ACTOR: Final = re.compile(r"[a-z]+(:[A-Za-z0-9._-]{1,80})?")
@@ -127,6 +129,8 @@ class Trail:
     of the process.
     """
 
+    _keeper: threading.Thread | None
+
     def __init__(
         self,
         database: Database,
@@ -189,11 +193,15 @@ class Trail:
             return Head(chain.writer.id, chain.n, chain.mac.hex()) if chain.n else None
 
     @property
-    def standing(self) -> Literal["online", "spooling", "refusing"]:
-        """Where this process's rows go at this moment; a database that has gone is noticed when a row is written."""
-        chain = self._chain
+    def standing(self) -> Literal["online", "behind", "spooling", "refusing"]:
+        """Where this process's rows go at this moment; a database that has gone is noticed when a row is written.
+
+        "behind": into the database, but the stored head has not moved for more than ten seconds.
+        """
+        chain, stuck = self._chain, self._stuck_since
         if chain is None or chain.away_since is None:
-            return "online"
+            late = stuck is not None and self._clock.elapsed() - stuck > _HEAD_LATE
+            return "behind" if late else "online"
         return "spooling" if self._refusal(chain) is None and not chain.told else "refusing"
 
     def log_head(self) -> None:
@@ -221,12 +229,29 @@ class Trail:
         a new chain.
         """
         self._stopped.set()
-        self._move_head()
+        # Away for now: the rows beyond the stored head are proved by their macs all the same.
+        with suppress(DatabaseUnavailable):
+            self._move_head()
         with self._pen:
             chain, self._chain = self._chain, None
+            self._keeper = None
             self._stopped = threading.Event()
         if chain is not None and chain.spool is not None:
             self._part_with(chain.spool)
+        self.count()
+
+    def count(self) -> None:
+        """Count what was recorded since the last call; done now and then, for each count costs a hand-out dearly."""
+        rows, times = 0, []
+        while self._committed:
+            some, seconds = self._committed.popleft()
+            rows += some
+            times.append(seconds)
+        if times:
+            metrics.audit_entries.labels("database").inc(rows)
+            metrics.audit_seconds.observe_all(times)
+        chain = self._chain
+        metrics.audit_spooled.set(0 if chain is None else chain.spooled)
 
     # ----------------------------------------------------------------------------------------- reading
 
@@ -293,10 +318,17 @@ class Trail:
         self._enough.acquire()
         self._expected = 1
         self._settled = 0
+        # Rows and seconds of commits that are not counted yet; a child must not count those of its parent.
+        self._committed: deque[tuple[int, float]] = deque()
         self._stopped = threading.Event()
         self._reviver: threading.Thread | None = None
-        self._keeper: threading.Thread | None = None  # moves the stored head behind the rows
-        self._heads = threading.Lock()  # who holds it may move the stored head
+        self._keeper = None  # moves the stored head behind the rows
+        self._heads = threading.Lock()  # who holds it may move stored heads
+        self._left: list[
+            tuple[Writer, int, bytes]
+        ] = []  # ends of chains that were left, still to be stored as heads
+        self._stuck_since: float | None = None
+        self._told_stuck = False
         inherited, self._chain = self._chain, None
         if inherited is not None and inherited.spool is not None:
             inherited.spool.abandon()  # the lock is the parent's; kept open here it would outlive the parent
@@ -305,7 +337,10 @@ class Trail:
         try:
             self._gather()
             with self._pen:
-                self._commit()
+                try:
+                    self._commit()
+                finally:
+                    self._watch_head()
         finally:
             self._pass_on()
 
@@ -354,12 +389,12 @@ class Trail:
         try:
             if chain.away_since is None:
                 if not chain.registered:
-                    self._ledger.register(chain.writer)
+                    self._ledger.raise_head(chain.writer, 0, chain.mac)
                     chain.registered = True
+                began = self._clock.elapsed()
                 self._ledger.append(collect)
                 chain.advance(rows)
-                if self._keeper is None:
-                    self._start_keeper()
+                self._committed.append((len(rows), self._clock.elapsed() - began))
                 _settle(tickets, None)
                 return
         except DatabaseUnavailable as error:
@@ -388,6 +423,7 @@ class Trail:
             rows = rows or self._rows(chain, tickets)
             try:
                 chain.write_spool(rows)
+                metrics.audit_entries.labels("spool").inc(len(rows))
             except OSError as error:
                 refusal = f"The reserve of the audit trail cannot take more: {error.strerror}."
         if refusal is not None:
@@ -435,45 +471,63 @@ class Trail:
 
     # ---------------------------------------------------------------------------------- the stored head
 
-    def _start_keeper(self) -> None:
+    def _watch_head(self) -> None:
+        """Under the pen: see to it that somebody moves the head."""
+        if (self._keeper is not None and self._keeper.is_alive()) or not (self._left or _behind(self._chain)):
+            return
         self._keeper = threading.Thread(target=self._keep_head, name="audit-head", daemon=True)
-        self._keeper.start()
+        try:
+            self._keeper.start()
+        except RuntimeError as error:  # no more threads; the rows are safe, and the next record tries again
+            log(Event.AUDIT_HEAD_STUCK, reason=str(error))
 
     def _keep_head(self) -> None:
         stopped, idle = self._stopped, 0
         while not self._clock.wait(stopped, _HEAD_EVERY):
-            idle = 0 if self._move_head() else idle + 1
+            try:
+                idle = 0 if self._move_head() else idle + 1
+            except Exception as error:  # noqa: BLE001 - of any kind: this thread must not end while the head is behind
+                self._tell_stuck(error)
+                continue
+            self._stuck_since, self._told_stuck = None, False
             if idle >= _IDLE_ROUNDS:
                 with self._pen:
-                    if not _behind(self._chain):
+                    if not (self._left or _behind(self._chain)):
                         self._keeper = None  # whoever records next starts another one
                         return
 
     def _move_head(self) -> bool:
-        """Bring the stored head up to the rows; whether there was anything to bring."""
+        """Bring the stored heads up to the rows; whether there was anything to bring. Raises `DatabaseUnavailable`."""
         with self._heads:
             with self._pen:
-                chain = self._chain
-                if chain is None or not _behind(chain):
-                    return False
-                before, n, mac = chain.head_n, chain.n, chain.mac
-            # Whoever records while the database is away says so; the head is tried again in the next round.
-            with suppress(DatabaseUnavailable):
-                try:
-                    self._ledger.move_head(chain.writer.id, before=before, n=n, mac=mac)
-                except Fenced:
-                    self._abandon(chain, before)
-                else:
-                    with self._pen:
-                        chain.head_moved(before, n)
-            return True
+                chain, behind = self._chain, list(self._left)
+                if chain is not None and _behind(chain):
+                    behind.append((chain.writer, chain.n, chain.mac))
+            for writer, n, mac in behind:
+                self._ledger.raise_head(writer, n, mac)
+                with self._pen:
+                    self._left = [left for left in self._left if left[0] != writer]
+                    if chain is not None and chain.writer == writer:
+                        chain.head_n = max(chain.head_n, n)
+            return bool(behind)
 
-    def _abandon(self, chain: _Chain, before: int) -> None:
-        """Leave a chain that is not where it was left, as after a backup was put in its place under us."""
-        with self._pen:
-            if self._chain is chain and chain.away_since is None and chain.head_n == before:
-                log(Event.AUDIT_UNAVAILABLE, reason="The stored head is not where this process left it.")
-                self._chain = self._chain_with(chain.spool)
+    def _tell_stuck(self, error: Exception) -> None:
+        now = self._clock.elapsed()
+        if self._stuck_since is None:
+            self._stuck_since = now
+        if now - self._stuck_since > _HEAD_LATE and not self._told_stuck:
+            self._told_stuck = True
+            if isinstance(error, DatabaseUnavailable):
+                log(Event.AUDIT_HEAD_STUCK, reason=error.detail)
+            else:
+                log(Event.AUDIT_HEAD_STUCK, exc_info=error)
+
+    def _leave(self, chain: _Chain) -> None:
+        """Under the pen: begin a new chain; the head of this one still has to be brought up to its last known row."""
+        if chain.n:
+            self._left.append((chain.writer, chain.n, chain.mac))
+        self._chain = self._chain_with(chain.spool)
+        self._watch_head()
 
     # --------------------------------------------------------------------------------------- returning
 
@@ -497,13 +551,12 @@ class Trail:
                     return True
                 self._deliver(chain.spool, done)
                 if not chain.certain:
-                    self._ledger.writer(
-                        chain.writer.id
-                    )  # there may have been nothing to deliver: does it answer?
+                    # There may have been nothing to deliver: does it answer?
+                    self._ledger.writer(chain.writer.id)
                 spooled = chain.back()
                 self._reviver = None  # under the pen: who finds the database away next starts another one
                 if not chain.certain:
-                    self._chain = self._chain_with(chain.spool)
+                    self._leave(chain)
         except (DatabaseUnavailable, OSError):
             return False
         log(Event.AUDIT_CAUGHT_UP, entries=spooled)
@@ -512,7 +565,7 @@ class Trail:
     def _deliver(self, spool: Spool | None, start: int) -> int:
         if spool is None:
             return start
-        for end, batch in spool.batches(start):
+        for end, batch in _joined(spool.batches(start)):
             self._ledger.deliver(batch)
             start = end
         return start
@@ -520,7 +573,7 @@ class Trail:
     def _adopt(self, spool: Spool) -> int:
         rows = 0
         try:
-            for _, batch in spool.batches():
+            for _, batch in _joined(spool.batches()):
                 self._ledger.deliver(batch)
                 rows += len(batch.rows)
         except BaseException:
@@ -536,6 +589,26 @@ class Trail:
             spool.abandon()
             return
         spool.remove()
+
+
+def _joined(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+    """The same rows in fewer batches, each with the offset behind it.
+
+    Every batch is a transaction. A minute of hand-outs leaves thousands of them, and past the grace nothing is handed out
+    before all are in, although the database is back.
+    """
+    first: Batch | None = None
+    rows: list[Row] = []
+    end = 0
+    for offset, batch in batches:
+        if first is not None and len(rows) + len(batch.rows) > _BATCH_LIMIT:
+            yield end, replace(first, rows=rows)
+            first, rows = None, []
+        first = first or batch
+        rows += batch.rows
+        end = offset
+    if first is not None:
+        yield end, replace(first, rows=rows)
 
 
 class _Ticket:
@@ -590,10 +663,6 @@ class _Chain:
 
     def advance(self, rows: Sequence[Row]) -> None:
         self.n, self.mac = rows[-1].n, rows[-1].mac
-
-    def head_moved(self, before: int, n: int) -> None:
-        if self.head_n == before:  # else what was spooled came in meanwhile and raised it further
-            self.head_n = n
 
     def away(self, now: float, *, full: bool) -> None:
         self.away_since, self.full = now, full

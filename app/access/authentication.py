@@ -22,7 +22,8 @@ from app.access.denials import Denials
 from app.access.limits import Rates
 from app.access.signing import AccessTokens
 from app.clock import Clock
-from app.errors import Forbidden, Unauthenticated
+from app.errors import Forbidden, RateLimited, Unauthenticated
+from app.telemetry import metrics
 
 __all__ = ["Authentication"]
 
@@ -82,6 +83,21 @@ class Authentication:
         self._rates.take(caller.id, caller.rate)
         self._used[caller.id] = self._clock.now()
 
+    def admits(self, caller: Caller, *, address: str | None) -> bool:
+        """Whether `admit` lets it pass, which is counted then; records nothing. `readmit` undoes the count."""
+        if caller.allow_ips and not caller.may_come_from(address):
+            return False
+        try:
+            self._rates.take(caller.id, caller.rate)
+        except RateLimited:
+            return False
+        self._used[caller.id] = self._clock.now()
+        return True
+
+    def readmit(self, caller: Caller) -> None:
+        """Forget one that `admits` let pass: its request will be admitted anew."""
+        self._rates.give_back(caller.id)
+
     def note_used(self) -> None:
         """Write down when callers last asked; once a minute is enough."""
         with self._lock:
@@ -101,6 +117,7 @@ class Authentication:
             return found[0]
         # The epoch was read first: what is verified now is at least as new as it, and is dropped with it.
         verified = self._verify(header)
+        metrics.authentications.labels(_way(header), "accepted").inc()
         if len(believed.headers) >= _MANY:
             believed.headers.clear()
         believed.headers[key] = verified

@@ -32,7 +32,7 @@ from app.access.permissions import Action
 from app.access.signing import TOKEN_LIFE, AccessTokens
 from app.errors import DrawbridgeError, Unauthenticated
 from app.secret import Secret
-from app.telemetry import Event
+from app.telemetry import Event, metrics
 
 __all__ = ["AuthorizationServer", "Client", "GrantRequest", "TokenRequest", "TokenResponse"]
 
@@ -199,6 +199,7 @@ class _Endpoint(Endpoint):  # type: ignore[misc]
         except Unauthenticated:
             self._denials.unknown(way)
             _refuse_client()
+        metrics.authentications.labels(way, "accepted").inc()
         self._authentication.admit(caller, address=request.received.address)
         request.auth_method = way
         return Client(caller)

@@ -13,7 +13,7 @@ from typing import Final
 
 from app.access.audit import Detail, Entry, Trail
 from app.clock import Clock
-from app.telemetry import Event, log, scrub
+from app.telemetry import Event, log, metrics, scrub
 
 __all__ = ["Denials"]
 
@@ -53,6 +53,7 @@ class Denials:
 
     def unknown(self, way: str) -> None:
         """Record that a credential was refused; `way` is basic, bearer, assertion, none or the like."""
+        metrics.authentications.labels(way, "refused").inc()
         refusal = _Refusal("anonymous", Event.AUTHENTICATION_FAILED, "", (("way", way),))
         if self._counts(refusal, rows=_UNKNOWN_ROWS, seconds=_UNKNOWN_SECONDS):
             self._trail.record(refusal.entry("refused"))

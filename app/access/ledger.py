@@ -22,7 +22,7 @@ from app.access.spool import Batch
 from app.db.engine import Database
 from app.db.schema import audit, audit_writers
 
-__all__ = ["Fenced", "Ledger", "StoredWriter", "Writer"]
+__all__ = ["Ledger", "StoredWriter", "Writer"]
 
 _COLUMNS: Final = "writer, n, at, actor, action, target, outcome, detail, mac"
 _ONE_ROW: Final = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
@@ -38,17 +38,9 @@ _INSERT_ONCE: Final = text(
     f"INSERT INTO audit ({_COLUMNS}) VALUES"  # noqa: S608 - all constant
     " (:writer, :n, :at, :actor, :action, :target, :outcome, :detail, :mac) ON CONFLICT (writer, n) DO NOTHING"
 )
-_MOVE_HEAD: Final = {
-    "sqlite": "UPDATE audit_writers SET head_n = ?, head_mac = ? WHERE id = ? AND head_n = ?",
-    "postgresql": (
-        "UPDATE audit_writers SET head_n = $1::bigint, head_mac = $2::bytea WHERE id = $3::text AND head_n = $4::bigint"
-    ),
-}
-_REGISTER: Final = (
+_RAISE_HEAD: Final = text(
     "INSERT INTO audit_writers (id, host, started_at, kept_n, kept_mac, head_n, head_mac)"
     " VALUES (:id, :host, :started, 0, :kept, :n, :head)"
-)
-_RAISE_HEAD: Final = (
     " ON CONFLICT (id) DO UPDATE SET head_n = excluded.head_n, head_mac = excluded.head_mac"
     " WHERE audit_writers.head_n < excluded.head_n"
 )
@@ -64,10 +56,6 @@ _STORED: Final = (
     type_coerce(audit.c.detail, Text).label("detail"),  # the text itself: the mac covers bytes, not meaning
     audit.c.mac,
 )
-
-
-class Fenced(Exception):
-    """The stored head is not where this writer left it: somebody put another state of the database in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +85,11 @@ class Ledger:
         self._database = database
         self._keys = keys
         self._rows_at_once = _many if database.dialect == "sqlite" else _columns
-        self._move_head = _MOVE_HEAD[database.dialect]
 
-    def register(self, writer: Writer) -> None:
-        """Store a writer that has no rows yet."""
+    def raise_head(self, writer: Writer, n: int, mac: bytes) -> None:
+        """Store a writer if it is not there, and its head unless one as high is there; doing it twice is doing it once."""
         with self._database.write() as connection:
-            self._register(
-                connection, writer, 0, self._head(writer.id, 0, self._keys.origin(writer.id)), _REGISTER
-            )
+            self._raise_head(connection, writer, n, mac)
 
     def append(self, rows: Callable[[], Sequence[Row]]) -> None:
         """Append what `rows` gives, all of it or nothing.
@@ -115,21 +100,13 @@ class Ledger:
             statement, values = self._rows_at_once(rows())
             run(statement, values)
 
-    def move_head(self, writer: str, *, before: int, n: int, mac: bytes) -> None:
-        """Move the stored head from number `before` to `n`; raises `Fenced` when it is not at `before`."""
-        with self._database.single() as run:
-            moved = run(self._move_head, (n, self._head(writer, n, mac), writer, before))
-        if moved != 1:
-            raise Fenced
-
     def deliver(self, batch: Batch) -> None:
         """Bring a spooled batch in, in a transaction of its own; doing it twice is doing it once."""
         end = batch.rows[-1]
-        head = self._head(batch.writer, end.n, end.mac)
         writer = Writer(batch.writer, batch.host, batch.started)
         with self._database.write() as connection:
             connection.execute(_INSERT_ONCE, [row._asdict() for row in batch.rows])
-            self._register(connection, writer, end.n, head, _REGISTER + _RAISE_HEAD)
+            self._raise_head(connection, writer, end.n, end.mac)
 
     def writer(self, writer: str) -> StoredWriter | None:
         """One writer's heads as stored."""
@@ -240,17 +217,16 @@ class Ledger:
     def _head(self, writer: str, n: int, mac: bytes) -> bytes:
         return encode_head(self._keys, "head", writer, n, mac)
 
-    def _register(self, connection: Connection, writer: Writer, n: int, head: bytes, statement: str) -> None:
-        kept = encode_head(self._keys, "kept", writer.id, 0, self._keys.origin(writer.id))
+    def _raise_head(self, connection: Connection, writer: Writer, n: int, mac: bytes) -> None:
         values = {
             "id": writer.id,
             "host": writer.host,
             "started": writer.started,
-            "kept": kept,
+            "kept": encode_head(self._keys, "kept", writer.id, 0, self._keys.origin(writer.id)),
             "n": n,
-            "head": head,
+            "head": self._head(writer.id, n, mac),
         }
-        connection.execute(text(statement), values)
+        connection.execute(_RAISE_HEAD, values)
 
 
 def _many(rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:

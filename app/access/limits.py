@@ -22,6 +22,12 @@ class Rates:
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}
 
+    def give_back(self, caller_id: str) -> None:
+        """Undo one `take` whose request will be counted again."""
+        with self._lock:
+            if (found := self._buckets.get(caller_id)) is not None:
+                self._buckets[caller_id] = (found[0] + 1.0, found[1])
+
     def take(self, caller_id: str, rate: float | None) -> None:
         """Count one request; raises `RateLimited` with the seconds until the next may come."""
         per_second = DEFAULT_RATE if rate is None else rate

@@ -197,13 +197,8 @@ class Adoption:
         return self._mark
 
     def _write(self, mark: dict[str, int | str]) -> None:
-        self._mark = self._written = mark
+        self._mark = mark
         self._written_at = self._clock.elapsed()
-        # Several processes of a host share the file: never let a slower one take the mark back.
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            other = json.loads(self._path.read_text())
-            if other["installation"] == mark["installation"] and other["connections"] > mark["connections"]:
-                return
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -211,6 +206,20 @@ class Adoption:
                 json.dump(mark, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._path)
+            # Looked at only now: the disk may have taken its time.
+            if self._is_behind(mark):
+                temporary.unlink()
+            else:
+                temporary.replace(self._path)
         except OSError as fault:
             log(Event.MARK_UNWRITABLE, error=fault.strerror or "unknown")
+        else:
+            self._written = mark
+
+    def _is_behind(self, mark: dict[str, int | str]) -> bool:
+        """Several processes of a host share the file: a slower one must never take the mark back."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            other: dict[str, int | str] = json.loads(self._path.read_text())
+            if other["installation"] == mark["installation"]:
+                return int(other["connections"]) > int(mark["connections"])
+        return False

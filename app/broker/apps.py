@@ -30,7 +30,7 @@ from app.http_client import HttpClient
 from app.oauth2.provider import App, Provider, redirect_uri
 from app.secret import Secret
 from app.settings import Settings
-from app.telemetry import Event
+from app.telemetry import Event, log, metrics
 
 __all__ = ["PATIENCE", "AppRow", "Apps", "Breaker"]
 
@@ -254,6 +254,8 @@ class Apps:
             if changed.rowcount != 1:
                 raise Conflict(f"{app.reference} was changed by somebody else just now; try again.")
             self._trail.record(Entry(actor, Event.APP_ROTATED, app.reference))
+        if app.open_reason is not None:
+            log(Event.BREAKER_CLOSED, app=app.reference, provider=app.provider)
         return self.row(app.id)
 
     def remove(self, app: AppRow, *, actor: str = "admin:cli") -> None:
@@ -286,9 +288,13 @@ class Apps:
         closed = transaction.execute(
             sa.update(apps)
             .where(apps.c.id == app_id, apps.c.failures > 0)
-            .values(failures=0, open_until=None, open_reason=None)
-        )
-        return closed.rowcount == 1
+            .values(failures=0, open_until=None)
+            .returning(apps.c.provider, apps.c.name, apps.c.open_reason)
+        ).one_or_none()
+        if closed is not None and closed.open_reason is not None:
+            transaction.execute(sa.update(apps).where(apps.c.id == app_id).values(open_reason=None))
+            log(Event.BREAKER_CLOSED, app=f"{closed.provider}/{closed.name}", provider=closed.provider)
+        return closed is not None
 
     def went_wrong(self, transaction: Transaction, app_id: str, trouble: AppTrouble, *, now: datetime) -> int:
         """Count a failure that concerns the whole app and open the breaker if it is time; how many in a row."""
@@ -296,15 +302,25 @@ class Apps:
             sa.update(apps)
             .where(apps.c.id == app_id)
             .values(failures=apps.c.failures + 1)
-            .returning(apps.c.failures)
-        ).scalar()
-        failures = int(counted or 0)
+            .returning(apps.c.failures, apps.c.open_until, apps.c.provider, apps.c.name)
+        ).one_or_none()
+        failures = int(counted.failures) if counted is not None else 0
         pause = _pause(failures, trouble)
         if pause:
             transaction.execute(
                 sa.update(apps)
                 .where(apps.c.id == app_id)
                 .values(open_until=now + timedelta(seconds=pause), open_reason=trouble.value)
+            )
+        if pause and counted is not None and counted.open_until is None:  # once, and not at each longer pause
+            metrics.breakers_opened.labels(counted.provider).inc()
+            log(
+                Event.BREAKER_OPENED,
+                app=f"{counted.provider}/{counted.name}",
+                provider=counted.provider,
+                reason=trouble.value,
+                failures=failures,
+                seconds=pause,
             )
         return failures
 

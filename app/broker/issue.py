@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -45,7 +45,8 @@ _LONGEST_POLL: Final = 0.25
 # Seconds a waiter trusts a refresh under way to be what it waits for: an account connected anew elsewhere ends its wait.
 _LONGEST_BLINDNESS: Final = 1.0
 _PATIENCE: Final = 2.0  # seconds a caller waits for another thread to find out what has changed
-_SLOW_RECORD: Final = 0.25  # seconds; a record that took longer makes us look at the permission again
+_TAKING_UP: Final = 5.0  # seconds until whoever claimed a forced refresh has the lease, on a busy machine too
+_SLOW_RECORD: Final = 0.15  # seconds; a record that took longer makes us look at the permission again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,7 +108,8 @@ class Issuer:
         self._known: dict[str, HandOut] = {}
         self._names: dict[str, str] = {}
         self._seen_epoch = -1
-        self._handed: deque[tuple[HandOut, str]] = deque()  # appended to by many threads, emptied by one
+        # Token, way and seconds it took; appended to by many threads, emptied by one.
+        self._handed: deque[tuple[HandOut, str, float]] = deque()
         self._used: set[str] = set()
 
     def issue(
@@ -125,6 +127,7 @@ class Issuer:
         current one. Raises `Forbidden`, `NotFound`, `InvalidRequest`, `ConnectionDisabled`, `NeedsReconnect`,
         `ProviderUnavailable` and its kin, `RefreshInProgress` or `AuditUnavailable`.
         """
+        began = self._clock.elapsed()
         deadline: float | None = None
         while True:
             self._access.require(caller, Action.TOKEN_ISSUE, name)
@@ -133,7 +136,8 @@ class Issuer:
             refused = rejected is not None and rejected == token.digest
             if token.enabled and token.left(self._clock.timestamp()) >= needed and not refused:
                 if self._recorded(caller, token, needed):
-                    self._handed.append((token, "kept" if deadline is None else "waited"))
+                    way, took = "kept" if deadline is None else "waited", self._clock.elapsed() - began
+                    self._handed.append((token, way, took))
                     return token
                 continue
             if deadline is None:
@@ -162,13 +166,14 @@ class Issuer:
         """
         began = self._clock.elapsed()
         self._access.record_all([_entry(one.caller, one.token) for one in those])
-        slow = self._clock.elapsed() - began > _SLOW_RECORD
+        took = self._clock.elapsed() - began
+        slow = took > _SLOW_RECORD
         now = self._clock.timestamp()
         handed: list[HandOut | None] = []
         for one in those:
             good = one.token.left(now) >= one.needed and not (slow and self._has_changed(one))
             if good:
-                self._handed.append((one.token, "kept"))
+                self._handed.append((one.token, "kept", took))
             handed.append(one.token if good else None)
         return handed
 
@@ -188,12 +193,16 @@ class Issuer:
     def count(self) -> None:
         """Count what was handed out since the last call; done now and then, for each count costs a hand-out dearly."""
         counts: Counter[tuple[str, str]] = Counter()
+        times: defaultdict[str, list[float]] = defaultdict(list)
         while self._handed:
-            token, way = self._handed.popleft()
+            token, way, seconds = self._handed.popleft()
             counts[token.provider, way] += 1
+            times[way].append(seconds)
             self._used.add(token.connection_id)
         for (provider, way), number in counts.items():
             metrics.hand_outs.labels(provider, way).inc(number)
+        for way, those in times.items():
+            metrics.hand_out_seconds.observe_all(those, way)
 
     def take_used(self) -> set[str]:
         """The ids handed out since the last call, for `Store.mark_used`."""
@@ -308,7 +317,7 @@ class Issuer:
             now = self._clock.now()
             if connection.lease_until is None or connection.lease_until <= now:
                 since = (now - connection.forced_at).total_seconds() if connection.forced_at else 0.0
-                if since > 1.0:  # a moment for the one who claimed it to take the lease
+                if _failed_since_forced(connection) or since > _TAKING_UP:
                     raise RefreshInProgress(
                         "A refresh was forced a moment ago and brought no other token.",
                         retry_after=max(1.0, FORCED_EVERY - since),
@@ -332,9 +341,11 @@ class Issuer:
         if not self._room.acquire(blocking=False):
             metrics.waiters_turned_away.inc()
             raise RefreshInProgress("Too many callers are waiting for refreshes.")
+        metrics.waiters.inc()
         try:
             yield
         finally:
+            metrics.waiters.dec()
             self._room.release()
 
     def _deny(self, caller: Caller, token: HandOut, code: str) -> None:
@@ -363,6 +374,12 @@ def _bounded(max_wait: float | None) -> float:
     if math.isnan(max_wait):
         raise InvalidRequest("max_wait is not a number of seconds.")
     return min(max(max_wait, 0.0), LONGEST_MAX_WAIT)
+
+
+def _failed_since_forced(connection: Connection) -> bool:
+    """Whether the refresh that was forced last, or a later one, has ended without a token."""
+    failed_at, forced_at = connection.last_error_at, connection.forced_at
+    return failed_at is not None and forced_at is not None and failed_at >= forced_at
 
 
 def _enabled(connection: Connection) -> bool:

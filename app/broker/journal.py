@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 
 from app.crypto.envelope import Sealed
 from app.errors import Overloaded
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
 
 __all__ = ["FACT_NAMES", "FACT_STAMPS", "Entry", "Journal"]
 
@@ -81,8 +81,10 @@ class Journal:
                 descriptor = self._open()
                 _append(descriptor, line)
             except OSError as fault:
+                metrics.journal_entries.labels("refused").inc()
                 raise Overloaded(f"The journal cannot be written: {fault.strerror}.") from None
             self._pending.add(entry.attempt)
+        metrics.journal_entries.labels("written").inc()
 
     def done(self, attempt: str) -> None:
         """Forget the entry: it is committed, or was found to be of no use.
@@ -114,10 +116,13 @@ class Journal:
             with _held(path) as held:
                 if not held:
                     continue
-                for entry in list(_entries(path)):
+                found = list(_entries(path))
+                for entry in found:
                     settle(entry)
                     settled += 1
+                _tell_torn(path)
                 path.unlink(missing_ok=True)
+                log(Event.JOURNAL_ADOPTED, file=path.name, entries=len(found))
         return settled
 
     def close(self) -> None:
@@ -210,6 +215,13 @@ def _entries(path: Path) -> Iterator[Entry]:
                 sealed=Sealed(blob=base64.b64decode(record["sealed"]), kek_id=record["kek"]),
                 facts=record["facts"],
             )
+
+
+def _tell_torn(path: Path) -> None:
+    """Say how much of a dead process's file is no entry; in the file of a living one that may be one on its way."""
+    torn = sum(len(line) for line in path.read_bytes().split(b"\n") if line and _record(line) is None)
+    if torn:
+        log(Event.JOURNAL_TORN, file=path.name, bytes=torn)
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from app.db.engine import Database
 from app.db.schema import attempts
 from app.errors import DrawbridgeError, RefreshHeld
 from app.oauth2.provider import Grant
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
 
 __all__ = ["Recovery"]
 
@@ -68,6 +68,7 @@ class Recovery:
                 )
             )
         gone = standing is None
+        metrics.journal_entries.labels("replayed" if saved else "superseded").inc()
         log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=gone)
         if gone:
             self._give_back(entry)

@@ -232,6 +232,7 @@ class Refresher:
             return
         life = provider.learn_life(app, granted, wire=self.wire())
         if life is None:
+            log(Event.LIFE_UNKNOWN, connection=after.name)
             return
         known = replace(
             after,
@@ -260,11 +261,14 @@ class Refresher:
     # One refresh, in a lane's thread
 
     def _run(self, connection_id: str, generation: int) -> Ending:
+        metrics.refreshes_running.inc()
         try:
             return self._refresh(connection_id, generation)
         except DrawbridgeError as error:
             log(Event.REFRESH_HELD, connection_id=connection_id, code=error.code)
             return Ending(EndingKind.HELD, error)
+        finally:
+            metrics.refreshes_running.dec()
 
     def _refresh(self, connection_id: str, generation: int) -> Ending:
         self._adoption.require()
@@ -425,8 +429,12 @@ class Refresher:
             fate[:] = [self._save_grant(transaction, lease, settled, sealed)]
 
         def finish() -> None:
+            overrun = self._clock.elapsed() - lease.ends
             if journaled:
                 self._journal.done(lease.attempt)
+            if fate[0] is _Fate.SAVED and overrun > 0:
+                seconds, name = round(overrun, 3), lease.connection.name
+                log(Event.LEASE_OVERRUN, connection=name, attempt=lease.attempt, seconds=seconds)
             if fate[0] is not _Fate.SAVED:
                 self._came_too_late(lease, app, provider, tokens=tokens, gone=fate[0] is _Fate.GONE)
 
@@ -633,6 +641,7 @@ def _counted(transaction: Transaction, app_id: str, which: sa.ColumnElement[bool
 def tell_lost(transaction: Transaction, connection: Connection, *, now: datetime, vendor: Provider) -> None:
     """Let people know that the connection needs an admin, in the transaction that says so."""
     found = diagnose(Facts(connection=connection, vendor=vendor, now=now))
+    metrics.reconnects_needed.labels(connection.provider).inc()
     log(
         Event.CONNECTION_LOST,
         connection=connection.name,

@@ -9,7 +9,7 @@ from typing import Final
 
 from app.clock import Clock
 from app.errors import DrawbridgeError
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
 
 __all__ = ["Chore", "Upkeep"]
 
@@ -29,11 +29,16 @@ class Upkeep:
     """Runs chores one after another until it is stopped; one that fails is logged and tried again at its next turn."""
 
     def __init__(self, chores: Sequence[Chore], clock: Clock) -> None:
-        self._chores = chores
+        self._chores = list(chores)
         self._clock = clock
         self._due = {chore.name: clock.elapsed() + chore.every for chore in chores}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def add(self, chore: Chore) -> None:
+        """Do one more chore, also when it has begun already."""
+        self._due[chore.name] = self._clock.elapsed() + chore.every
+        self._chores.append(chore)
 
     def start(self) -> None:
         """Begin; starting twice does nothing."""
@@ -62,6 +67,10 @@ class Upkeep:
         try:
             chore.run()
         except DrawbridgeError as error:
+            metrics.jobs.labels(chore.name, "failed").inc()
             log(Event.JOB_FAILED, job=chore.name, code=error.code)
         except Exception:  # noqa: BLE001 - one broken chore must not end the others
+            metrics.jobs.labels(chore.name, "failed").inc()
             log(Event.JOB_FAILED, job=chore.name, code="crashed", exc_info=True)
+        else:
+            metrics.jobs.labels(chore.name, "done").inc()

@@ -34,7 +34,7 @@ def migrate(out: Output) -> None:
     from app.telemetry import configure
 
     settings = read_settings()
-    configure("CRITICAL")
+    configure(settings.log_level)  # as much a part of serving as the processes after it: `up` begins with it
     changed = prepare_database(settings)
     out.tell(
         {"changed": changed},

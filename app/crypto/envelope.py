@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from app.crypto.keyring import WRAPPED_SIZE, Kek, Keyring
 from app.errors import KeyringFault, Unopenable
+from app.telemetry import Event, log, metrics
 
 __all__ = [
     "Place",
@@ -107,6 +108,14 @@ def seal(plaintext: bytes, place: Place, *, kek: Kek, random: Callable[[int], by
 
 def open_(blob: bytes, place: Place, keyring: Keyring) -> bytes:
     """Open a record. Raises `Unopenable` for another place, another key or a single changed bit."""
+    try:
+        return _opened(blob, place, keyring)
+    except Unopenable as error:
+        _tell(blob, place, error)
+        raise
+
+
+def _opened(blob: bytes, place: Place, keyring: Keyring) -> bytes:
     parts = _Parts.of(blob)
     data_key = keyring.get(parts.kek_id).unwrap(parts.wrapped, bound_to=_key_binding(parts.kek_id, place))
     try:
@@ -122,8 +131,12 @@ def rewrap(
 
     The generation of the place does not matter here: the record itself is not opened. Raises `Unopenable`.
     """
-    parts = _Parts.of(blob)
-    data_key = keyring.get(parts.kek_id).unwrap(parts.wrapped, bound_to=_key_binding(parts.kek_id, place))
+    try:
+        parts = _Parts.of(blob)
+        data_key = keyring.get(parts.kek_id).unwrap(parts.wrapped, bound_to=_key_binding(parts.kek_id, place))
+    except Unopenable as error:
+        _tell(blob, place, error)
+        raise
     wrapped = to.wrap(data_key, bound_to=_key_binding(to.id, place), random=random)
     return _header(to.id) + wrapped + parts.nonce + parts.ciphertext
 
@@ -141,10 +154,18 @@ def make_canary(kek: Kek) -> bytes:
 def check_canary(blob: bytes, keyring: Keyring) -> None:
     """Raise `KeyringFault` unless the keyring has the very key that a canary was made with."""
     try:
+        _prove(blob, keyring)
+    except KeyringFault as fault:
+        log(Event.CANARY_FAILED, kek=_claimed(blob), reason=fault.detail)
+        raise
+
+
+def _prove(blob: bytes, keyring: Keyring) -> None:
+    try:
         kek_id = kek_id_of(blob)
         if kek_id not in keyring.ids:
             raise KeyringFault(f"The database is sealed with the key {kek_id}, which the keyring lacks.")
-        opened = open_(blob, _canary_place(kek_id), keyring)
+        opened = _opened(blob, _canary_place(kek_id), keyring)
     except Unopenable as error:
         raise KeyringFault(
             "A key of the keyring is not the one of that name the database was sealed with."
@@ -172,6 +193,27 @@ class _Parts:
         # Latin-1 takes any byte; a name that is not one of the keyring's is refused there.
         kek_id = blob[3:wrapped_at].decode("latin-1")
         return cls(kek_id, blob[wrapped_at:nonce_at], blob[nonce_at:ciphertext_at], blob[ciphertext_at:])
+
+
+def _tell(blob: bytes, place: Place, error: Unopenable) -> None:
+    """Name the row for whoever must look at it; nothing of the record itself."""
+    metrics.unopenable.inc()
+    log(
+        Event.RECORD_UNOPENABLE,
+        table=place.table,
+        column=place.column,
+        row=place.row_id,
+        kek=_claimed(blob),
+        reason=error.detail,
+    )
+
+
+def _claimed(blob: bytes) -> str | None:
+    """The KEK a record names, None where its bytes are no record of ours."""
+    try:
+        return kek_id_of(blob)
+    except Unopenable:
+        return None
 
 
 def _header(kek_id: str) -> bytes:

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from app.errors import KeyringFault, Unopenable
 from app.secret import Secret
+from app.telemetry import Event, log
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -165,7 +166,12 @@ class Keyring:
             return False
         text, seen = _read_file(self.file, private=self._private)
         self._content, self._seen = _parse(text), seen
+        self.tell()
         return True
+
+    def tell(self) -> None:
+        """Say in the log which keys this process holds, by their names."""
+        log(Event.KEYRING_LOADED, source="file" if self.file else "environment", ids=self.ids)
 
     def add_generated(self, *, taken: Collection[str] = ()) -> str:
         """Write one more key into the file and return its name, one that is neither in the file nor `taken`.
@@ -305,6 +311,7 @@ def _make_file(file: Path) -> None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _written_beside(file, text) as fresh:
             file.hardlink_to(fresh)
+        log(Event.KEYRING_MADE, kek="k1")
     except FileExistsError:
         return
     except OSError as error:

@@ -17,7 +17,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol
@@ -29,6 +29,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from app.clock import Clock
 from app.db.types import db_now
 from app.errors import ConfigurationFault, DatabaseUnavailable
+from app.telemetry import Event, log, metrics
 
 if TYPE_CHECKING:
     from app.settings import Settings
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["PATIENCE", "Database", "open_databases"]
 
 _IDLE: Final = 10.0  # seconds after which a kept connection may have been dropped unnoticed
+_SLOW: Final = 1.0  # seconds; a write that took longer, its wait for other writers included, is told
+_LARGEST_SKEW: Final = 5.0  # seconds; far below any token's life, far above any clock that is kept
 PATIENCE: Final = 5.0  # seconds a write waits for its turn; a web request must be answered, if only with 503
 
 _POSTGRESQL_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
@@ -76,6 +79,7 @@ class Database:
         event.listen(self._reader, "before_execute", _refuse_writing)
         self._kept: deque[tuple[Connection, float]] = deque()
         self._inherited: list[object] = []
+        self._skewed = False  # the log knows that the clocks disagree
         _follow_forks(self)
 
     @contextmanager
@@ -100,6 +104,7 @@ class Database:
         comes out of the commit, whether it was stored is unknown. Lets `sqlalchemy.exc.IntegrityError`
         through.
         """
+        began = self._clock.elapsed()
         try:
             with self._kind.gate(patience), self._engine.connect() as connection, connection.begin():
                 self._kind.begin(connection, patience)
@@ -107,6 +112,7 @@ class Database:
                 self._kind.insist_unbroken(connection)
         except (exc.DBAPIError, exc.TimeoutError) as error:
             self._raise_in_our_words(error)
+        self._count_write(self._clock.elapsed() - began)
 
     @contextmanager
     def single(self, *, patience: float = PATIENCE) -> Iterator[Run]:
@@ -116,13 +122,14 @@ class Database:
         following), on a connection that is kept open for the next such statement outside the pool.
 
         Raises `DatabaseUnavailable`; whether the statement was stored is then unknown. Lets
-        `sqlalchemy.exc.IntegrityError` through. `patience` is the seconds to wait for one's turn.
+        `sqlalchemy.exc.IntegrityError` through. `patience` is the seconds to wait for one's turn, and on PostgreSQL the
+        longest the statement may take.
         """
         connection = None
         try:
             with self._kind.gate(patience):
                 connection = self._take_kept() or self._engine.connect()
-                yield partial(self._kind.send, connection)
+                yield partial(self._kind.send, connection, patience)
         except (exc.DBAPIError, exc.TimeoutError) as error:
             if connection is not None:
                 connection.close()
@@ -136,12 +143,14 @@ class Database:
             self._kept.append((connection, self._clock.elapsed()))
 
     def _take_kept(self) -> Connection | None:
-        """The kept connection; one that stood idle goes back to the pool, which finds out whether it still lives."""
-        if not self._kept:
+        """The kept connection; one that stood idle is given up."""
+        try:
+            connection, used_at = self._kept.pop()
+        except IndexError:
             return None
-        connection, used_at = self._kept.pop()
         if self._clock.elapsed() - used_at < _IDLE:
             return connection
+        connection.invalidate()  # a firewall may have dropped it unnoticed
         connection.close()
         return None
 
@@ -161,6 +170,7 @@ class Database:
             microseconds = connection.scalar(sa.select(db_now()))
             answered = self._clock.local()
         self._clock.agree(database=int(microseconds or 0) / 1e6, asked=asked, answered=answered)
+        self._tell_skew(self._clock.skew)
 
     def dispose(self) -> None:
         """Close the idle connections; the next use opens new ones."""
@@ -183,8 +193,22 @@ class Database:
         self._kind.after_fork(child=child)
 
     def _close_kept(self) -> None:
-        while self._kept:
-            self._kept.pop()[0].close()
+        with suppress(IndexError):
+            while True:
+                self._kept.pop()[0].close()
+
+    def _count_write(self, seconds: float) -> None:
+        metrics.transaction_seconds.labels(self.dialect).observe(seconds)
+        if seconds > _SLOW:
+            log(Event.DATABASE_SLOW, database=self.dialect, seconds=round(seconds, 3))
+
+    def _tell_skew(self, seconds: float) -> None:
+        """The level each time, and a line when the clocks begin to disagree."""
+        metrics.clock_skew_seconds.set(abs(seconds))
+        skewed = abs(seconds) > _LARGEST_SKEW
+        if skewed and not self._skewed:
+            log(Event.CLOCK_SKEWED, seconds=round(seconds, 3))
+        self._skewed = skewed
 
     def _raise_in_our_words(self, error: exc.SQLAlchemyError) -> NoReturn:
         sentence: str | None = "All connections to the database are busy."
@@ -192,6 +216,7 @@ class Database:
             sentence = self._kind.explain(error)
         if sentence is None:
             raise error
+        metrics.database_faults.labels(self.dialect).inc()
         raise DatabaseUnavailable(sentence) from error
 
     def __repr__(self) -> str:
@@ -213,7 +238,9 @@ class _Kind(Protocol):
 
     def insist_unbroken(self, connection: Connection) -> None: ...
 
-    def send(self, connection: Connection, statement: str, values: Sequence[Value]) -> int: ...
+    def send(
+        self, connection: Connection, patience: float, statement: str, values: Sequence[Value]
+    ) -> int: ...
 
     def explain(self, error: exc.DBAPIError) -> str | None: ...
 

@@ -27,6 +27,7 @@ from app.clock import Clock
 from app.db.engine import Database
 from app.db.schema import epochs
 from app.errors import DatabaseUnavailable
+from app.telemetry import Event, log, metrics
 
 __all__ = ["OLDEST", "POLL", "EpochName", "EpochWatch", "Epochs", "bump"]
 
@@ -77,6 +78,7 @@ class EpochWatch:
         self._wake = threading.Event()
         self._news = threading.Condition()
         self._outage: str | None = None
+        self._lost_at = 0.0  # when the outage began
         self._followers: list[Callable[[Epochs], None]] = []
         _call_after_fork(self)
 
@@ -139,15 +141,31 @@ class EpochWatch:
 
     def _poll(self) -> None:
         while self._wanted:
+            last = self.last
             try:
                 self._read()
+                self._tell_back()
                 self._outage = None
             except DatabaseUnavailable as error:
+                self._tell_lost(error)
                 self._outage = error.detail
+            if last is not None:
+                metrics.epoch_age_seconds.set(self._clock.elapsed() - last.read_at)
             with self._news:
                 self._news.notify_all()
             self._clock.wait(self._wake, POLL)
             self._wake.clear()
+
+    def _tell_lost(self, error: DatabaseUnavailable) -> None:
+        """Say once for each outage that there is one; what a request would be told is reason enough."""
+        if self._outage is None:
+            self._lost_at = self._clock.elapsed()
+            log(Event.DATABASE_LOST, database=self._database.dialect, reason=error.detail)
+
+    def _tell_back(self) -> None:
+        if self._outage is not None:
+            seconds = round(self._clock.elapsed() - self._lost_at, 3)
+            log(Event.DATABASE_BACK, database=self._database.dialect, seconds=seconds)
 
     def _read(self) -> Epochs:
         asked = self._clock.elapsed()

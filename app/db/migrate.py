@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 from app.db.engine import Database
 from app.db.schema import audit_metadata, metadata
 from app.errors import DatabaseMismatch
+from app.telemetry import Event, log
 
 __all__ = ["AUDIT", "MAIN", "Track", "migrate", "require_current"]
 
@@ -84,6 +85,7 @@ def _migrate_one(database: Database, track: Track) -> bool:
         if version is None:
             _refuse_foreign(connection, track)
         _upgrade(connection, track)
+    log(Event.DATABASE_MIGRATED, database=track.name, before=version or "none", after=track.head)
     return True
 
 

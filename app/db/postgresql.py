@@ -22,6 +22,7 @@ __all__ = ["Postgresql"]
 
 WAIT: Final = 5.0  # seconds for a free connection of the pool
 _ANSWER_LIMIT: Final = 15.0  # seconds without an answer from the server before a connection is given up
+_CANCEL: Final = 2.0  # seconds to have a statement cancelled
 _IDLE_PROBE: Final = 30.0  # seconds idle after which a firewall may have dropped a connection unnoticed
 
 
@@ -91,15 +92,23 @@ class Postgresql:
                 "a statement failed inside write(); to survive that use connection.begin_nested()"
             )
 
-    def send(self, connection: Connection, statement: str, values: Sequence[str | int | bytes | None]) -> int:
+    def send(
+        self,
+        connection: Connection,
+        patience: float,
+        statement: str,
+        values: Sequence[str | int | bytes | None],
+    ) -> int:
         """Run one statement that is a transaction of its own and return how many rows it touched.
+
+        One that takes longer than `patience` seconds is cancelled on the server and the connection given up.
 
         Straight through libpq: the driver hands the interpreter over several times for each statement, and under load
         getting it back costs more than the statement itself. Raises SQLAlchemy's errors.
         """
         raw = _impatient(connection)
         try:
-            result = _answer(raw, statement.encode(), [_text(value) for value in values])
+            result = _answer(raw, patience, statement.encode(), [_text(value) for value in values])
             if result.status != ExecStatus.COMMAND_OK:
                 raise psycopg.errors.error_from_result(result)
         except psycopg.IntegrityError as error:
@@ -146,13 +155,14 @@ class Postgresql:
             raise exc.InvalidatePoolError from error
 
 
-def _answer(raw: _Impatient, statement: bytes, values: Sequence[bytes | None]) -> PGresult:
+def _answer(raw: _Impatient, patience: float, statement: bytes, values: Sequence[bytes | None]) -> PGresult:
     line = raw.pgconn
     line.send_query_params(statement, values)
+    while line.flush():  # the socket takes no more for now; the server may have to be read before it reads
+        _until_ready(raw, patience, select.POLLIN | select.POLLOUT)
+        line.consume_input()
     while line.is_busy():
-        if not _something_to_read(line.socket, seconds=raw.answer_limit):
-            raw.close()
-            raise psycopg.OperationalError("the server does not answer")
+        _until_ready(raw, patience, select.POLLIN)
         line.consume_input()
     result = line.get_result()
     while line.get_result() is not None:  # libpq says the end with a result of none
@@ -167,6 +177,18 @@ def _text(value: str | int | bytes | None) -> bytes | None:
     if value is None or isinstance(value, bytes):
         return None if value is None else b"\\x%b" % value.hex().encode()
     return str(value).encode()
+
+
+def _until_ready(raw: _Impatient, patience: float, what: int) -> None:
+    poll = select.poll()
+    poll.register(raw.pgconn.socket, what)
+    if poll.poll(1000 * patience):
+        return
+    # Left alone, the statement would go on waiting there with its connection long after we have given it up.
+    with contextlib.suppress(psycopg.Error):
+        raw.cancel_safe(timeout=_CANCEL)
+    raw.close()
+    raise psycopg.OperationalError("the server does not answer")
 
 
 class _Impatient(psycopg.Connection[Any]):

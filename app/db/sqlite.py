@@ -82,7 +82,13 @@ class Sqlite:
     def insist_unbroken(self, connection: Connection) -> None:
         """Nothing to ask: SQLite undoes a failed statement alone and the transaction lives on."""
 
-    def send(self, connection: Connection, statement: str, values: Sequence[str | int | bytes | None]) -> int:
+    def send(
+        self,
+        connection: Connection,
+        _patience: float,
+        statement: str,
+        values: Sequence[str | int | bytes | None],
+    ) -> int:
         """Run one statement outside any transaction and return how many rows it touched; raises SQLAlchemy's errors."""
         raw = cast(_Raw, connection.connection.dbapi_connection)
         try:

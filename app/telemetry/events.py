@@ -53,7 +53,6 @@ class Event(StrEnum):
     DATABASE_BACK = "db:connection:back"
     DATABASE_SLOW = "db:transaction:slow"
     CLOCK_SKEWED = "db:clock:skewed"
-    EPOCH_STALE = "db:epoch:stale"
 
     # access
     CALLER_ADDED = "access:caller:added"
@@ -66,9 +65,9 @@ class Event(StrEnum):
     ACCESS_DENIED = "access:request:denied"
     AUTHENTICATION_FAILED = "access:credential:refused"
     CALLER_TOKEN_ISSUED = "access:caller_token:issued"  # noqa: S105 - the name of an event
-    CALLER_TOKEN_REVOKED = "access:caller_token:revoked"  # noqa: S105 - the name of an event
     SIGNING_KEY_ROTATED = "access:signing_key:rotated"
     AUDIT_HEAD = "access:audit:head"
+    AUDIT_HEAD_STUCK = "access:audit:head_stuck"
     AUDIT_SPOOLING = "access:audit:spooling"
     AUDIT_CAUGHT_UP = "access:audit:caught_up"
     AUDIT_UNAVAILABLE = "access:audit:unavailable"
@@ -81,9 +80,6 @@ class Event(StrEnum):
     APP_ADDED = "broker:app:added"
     APP_ROTATED = "broker:app:rotated"
     APP_REMOVED = "broker:app:removed"
-    APP_MISCONFIGURED = "broker:app:misconfigured"
-    APP_HELD = "broker:app:held"
-    APP_RELEASED = "broker:app:released"
     BREAKER_OPENED = "broker:breaker:opened"
     BREAKER_CLOSED = "broker:breaker:closed"
     CONNECT_STARTED = "broker:connect:started"
@@ -91,7 +87,6 @@ class Event(StrEnum):
     CONNECT_LINK_MADE = "broker:connect_link:made"
     CONNECTION_CONNECTED = "broker:connection:connected"
     CONNECTION_MISMATCHED = "broker:connection:mismatched"
-    CONNECTION_NEEDS_RECONNECT = "broker:connection:needs_reconnect"
     CONNECTION_RECOVERED = "broker:connection:recovered"
     CONNECTION_LOST = "broker:connection:lost"
     CONNECTION_DISABLED = "broker:connection:disabled"
@@ -101,18 +96,11 @@ class Event(StrEnum):
     CONNECTION_SHREDDED = "broker:connection:shredded"
     CONNECTION_IMPORTED = "broker:connection:imported"
     CONNECTION_EXPORTED = "broker:connection:exported"
-    REFRESH_STARTED = "broker:refresh:started"
     REFRESH_ENDED = "broker:refresh:ended"
     ANSWER_ODD = "broker:refresh:answer_odd"
     REFRESH_CRASHED = "broker:refresh:crashed"
     LIFE_UNKNOWN = "broker:refresh:life_unknown"
     OUTCOME_UNSAVED = "broker:refresh:outcome_unsaved"
-    REFRESH_GRANTED = "broker:refresh:granted"
-    REFRESH_REFUSED = "broker:refresh:refused"
-    REFRESH_UNAVAILABLE = "broker:refresh:unavailable"
-    REFRESH_UNKNOWN = "broker:refresh:unknown"
-    REFRESH_NOT_SENT = "broker:refresh:not_sent"
-    REFRESH_ABANDONED = "broker:refresh:abandoned"
     REFRESH_DISCARDED = "broker:refresh:discarded"
     REFRESH_HELD = "broker:refresh:held"
     LEASE_OVERRUN = "broker:lease:overrun"
@@ -136,23 +124,10 @@ class Event(StrEnum):
     JOB_FAILED = "jobs:run:failed"
     WORKER_LATE = "jobs:worker:late"
 
-    # sync
-    SYNC_SET_UP = "sync:pair:set_up"
-    SYNC_PLAN_APPROVED = "sync:plan:approved"
-    SYNC_BATCH = "sync:batch:done"
-    SYNC_WORK_DEAD = "sync:work:dead"
-    SYNC_HELD = "sync:pair:held"
-    SYNC_REPLAYED = "sync:work:replayed"
-    SYNC_SOURCE_LOST = "sync:source:lost"
-    SYNC_SOURCE_BACK = "sync:source:back"
-    SYNC_BUDGET_LOW = "sync:budget:low"
-
     # web
     REQUEST_FAILED = "web:request:failed"
     REQUEST_SLOW = "web:request:slow"
-    WEBHOOK_ACCEPTED = "web:webhook:accepted"
-    WEBHOOK_REFUSED = "web:webhook:refused"
-    HUBSPOT_CALLED = "web:hubspot:called"
+    REQUEST_UNREADABLE = "web:request:unreadable"
     ADMIN_LOGIN_LINK_MADE = "web:admin_login:link_made"
     ADMIN_SIGNED_IN = "web:admin_login:done"
     ADMIN_SIGN_IN_FAILED = "web:admin_login:failed"
@@ -197,9 +172,13 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "info", "kind signal waiting", "A process was asked to stop and finishes what it began."
         ),
         Event.STOPPED: _spec("info", "kind seconds", "A process has finished."),
-        Event.START_REFUSED: _spec("error", "kind code faults", "The program will not start like this."),
+        Event.START_REFUSED: _spec("error", "kind code reason", "A process will not start like this."),
         # crypto
-        Event.KEYRING_LOADED: _spec("info", "source ids active", "The key encryption keys are loaded."),
+        Event.KEYRING_LOADED: _spec(
+            "info",
+            "source ids",
+            "The key encryption keys are loaded, or were read again because the file has changed.",
+        ),
         Event.KEYRING_MADE: _spec(
             "warning", "kek", "A development keyring was made; production never does this."
         ),
@@ -215,20 +194,19 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         Event.CANARY_FAILED: _spec("error", "kek reason", "The keys do not open the data of this database."),
         # db
-        Event.DATABASE_MIGRATED: _spec(
-            "info", "database before after seconds", "The schema was brought up to date."
-        ),
+        Event.DATABASE_MIGRATED: _spec("info", "database before after", "The schema was brought up to date."),
         Event.DATABASE_LOST: _spec(
-            "error", "database error", "The database cannot be reached or cannot write."
+            "error",
+            "database reason",
+            "The database cannot be read; living tokens are handed out for the grace.",
         ),
         Event.DATABASE_BACK: _spec("info", "database seconds", "The database answers again."),
         Event.DATABASE_SLOW: _spec(
-            "warning", "database seconds what", "A write transaction took longer than it may."
+            "warning", "database seconds", "A write transaction took longer than it should."
         ),
         Event.CLOCK_SKEWED: _spec(
             "warning", "seconds", "This machine's clock disagrees with the database's."
         ),
-        Event.EPOCH_STALE: _spec("warning", "seconds", "Changes of other processes cannot be seen in time."),
         # access
         Event.CALLER_ADDED: _spec("info", "caller", "A caller was added."),
         Event.CALLER_ROTATED: _spec("info", "caller", "A caller got a new secret."),
@@ -244,12 +222,16 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         Event.CALLER_TOKEN_ISSUED: _spec(
             "info", "caller way seconds", "A caller exchanged its credential for a token."
         ),
-        Event.CALLER_TOKEN_REVOKED: _spec("info", "caller", "A caller's token was revoked."),
         Event.SIGNING_KEY_ROTATED: _spec(
             "info", "kid previous", "Caller tokens are signed with another key from now on."
         ),
         Event.AUDIT_HEAD: _spec(
             "info", "writer sequence digest", "The head of an audit chain; keep it to prove truncation."
+        ),
+        Event.AUDIT_HEAD_STUCK: _spec(
+            "error",
+            "reason error",
+            "The stored head of the trail cannot be moved: newest rows could be cut off unseen.",
         ),
         Event.AUDIT_SPOOLING: _spec(
             "warning", "entries reason", "Audit entries go to the spool file for now."
@@ -274,23 +256,12 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         Event.APP_ADDED: _spec("info", "app provider", "An OAuth client was registered."),
         Event.APP_ROTATED: _spec("info", "app provider secrets", "The secrets of an OAuth client changed."),
         Event.APP_REMOVED: _spec("info", "app provider", "An OAuth client was removed."),
-        Event.APP_MISCONFIGURED: _spec(
-            "error",
-            "app provider code",
-            "The provider refuses the OAuth client; an operator must look at it.",
-        ),
-        Event.APP_HELD: _spec(
-            "error",
-            "app provider refused total",
-            "So many connections were refused at once that none is marked dead yet.",
-        ),
-        Event.APP_RELEASED: _spec(
-            "info", "app provider seconds", "Refusals count again for the connections of an app."
-        ),
         Event.BREAKER_OPENED: _spec(
-            "warning", "app provider failures seconds", "A failing provider is left alone."
+            "warning",
+            "app provider reason failures seconds",
+            "A failing provider is left alone, from now on and for longer each time.",
         ),
-        Event.BREAKER_CLOSED: _spec("info", "app provider seconds", "A provider answers again."),
+        Event.BREAKER_CLOSED: _spec("info", "app provider", "A provider answers again."),
         Event.CONNECT_STARTED: _spec(
             "info", "app provider actor connection", "Somebody began to connect an account."
         ),
@@ -305,9 +276,6 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         Event.CONNECTION_MISMATCHED: _spec(
             "warning", "connection app provider outcome", "Another account came back; not stored."
-        ),
-        Event.CONNECTION_NEEDS_RECONNECT: _spec(
-            "error", "connection app provider code generation", "The provider refused the grant for good."
         ),
         Event.CONNECTION_LOST: _spec(
             "error", "connection provider code", "A connection needs to be connected again."
@@ -346,45 +314,10 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "error", "connection attempt error", "A refresh met a fault of our own."
         ),
         Event.LIFE_UNKNOWN: _spec(
-            "info", "connection code", "The provider did not tell how long a token lives."
+            "info", "connection", "The provider did not tell how long a token lives; a short life is assumed."
         ),
         Event.OUTCOME_UNSAVED: _spec(
             "error", "waiting", "An outcome cannot be stored yet; it is kept and tried again."
-        ),
-        Event.REFRESH_STARTED: _spec(
-            "debug",
-            "connection app provider generation attempt reason",
-            "A refresh holds its lease and begins.",
-        ),
-        Event.REFRESH_GRANTED: _spec(
-            "info",
-            "connection app provider generation attempt seconds rotated expires_in",
-            "A refresh brought a new token.",
-        ),
-        Event.REFRESH_REFUSED: _spec(
-            "warning",
-            "connection app provider generation attempt code count",
-            "The provider refused a refresh.",
-        ),
-        Event.REFRESH_UNAVAILABLE: _spec(
-            "warning",
-            "connection app provider generation attempt code retry_after",
-            "The provider cannot refresh now.",
-        ),
-        Event.REFRESH_UNKNOWN: _spec(
-            "warning",
-            "connection app provider generation attempt code rotation",
-            "Nobody knows whether the provider did the refresh.",
-        ),
-        Event.REFRESH_NOT_SENT: _spec(
-            "warning",
-            "connection app provider generation attempt code",
-            "A refresh never left; nothing is lost.",
-        ),
-        Event.REFRESH_ABANDONED: _spec(
-            "warning",
-            "connection app provider generation attempt seconds",
-            "A holder woke too late and sent nothing.",
         ),
         Event.REFRESH_DISCARDED: _spec(
             "warning",
@@ -397,7 +330,7 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "Nothing is refreshed for now; the code says why.",
         ),
         Event.LEASE_OVERRUN: _spec(
-            "error", "connection attempt seconds", "A refresh took longer than its lease."
+            "error", "connection attempt seconds", "A refresh was stored so long after its lease had ended."
         ),
         Event.JOURNAL_FAILED: _spec(
             "error", "attempt error code", "An answer could not be written to the journal."
@@ -410,7 +343,11 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
             "connection generation attempt outcome connection_id saved gone",
             "An answer saved in the journal was brought in.",
         ),
-        Event.JOURNAL_TORN: _spec("warning", "file bytes", "The torn last entry of a journal was ignored."),
+        Event.JOURNAL_TORN: _spec(
+            "warning",
+            "file bytes",
+            "Bytes of a journal that are no entry were ignored; a crash while appending leaves them.",
+        ),
         Event.REVOKE_DONE: _spec(
             "info", "connection provider connection_id outcome", "The provider revoked a grant we gave back."
         ),
@@ -437,36 +374,16 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         Event.JOB_RAN: _spec("debug", "job seconds done", "A scheduled job ran."),
         Event.JOB_FAILED: _spec("error", "job seconds error code", "A scheduled job failed; it runs again."),
         Event.WORKER_LATE: _spec("warning", "job seconds", "The worker is behind its schedule."),
-        # sync
-        Event.SYNC_SET_UP: _spec("info", "pair", "The fields a pair needs exist on both sides."),
-        Event.SYNC_PLAN_APPROVED: _spec("info", "pair actor", "A pair may write from now on."),
-        Event.SYNC_BATCH: _spec(
-            "info", "pair claimed written equal failed seconds", "A batch of records was reconciled."
-        ),
-        Event.SYNC_WORK_DEAD: _spec(
-            "error", "pair work code", "A record cannot be reconciled; a person must look."
-        ),
-        Event.SYNC_HELD: _spec("error", "pair reason count", "A pair is held until somebody approves."),
-        Event.SYNC_REPLAYED: _spec("info", "pair count actor", "Failed records are tried again."),
-        Event.SYNC_SOURCE_LOST: _spec(
-            "warning", "source code", "Change events stopped coming; sweeps cover for them."
-        ),
-        Event.SYNC_SOURCE_BACK: _spec("info", "source seconds", "Change events come again."),
-        Event.SYNC_BUDGET_LOW: _spec(
-            "warning", "side left limit", "The API budget of an account is nearly used up."
-        ),
         # web
         Event.REQUEST_FAILED: _spec(
             "error",
             "method route code status incident error",
             "A request failed through our own fault.",
         ),
-        Event.REQUEST_SLOW: _spec("warning", "method route seconds", "A request took longer than it should."),
-        Event.WEBHOOK_ACCEPTED: _spec(
-            "debug", "events work seconds", "A delivery was stored before it was answered."
+        Event.REQUEST_UNREADABLE: _spec(
+            "warning", "status reason", "Something came in that is no HTTP request."
         ),
-        Event.WEBHOOK_REFUSED: _spec("warning", "reason", "A delivery was not signed as it must be."),
-        Event.HUBSPOT_CALLED: _spec("info", "portal code repeat", "HubSpot called the signed endpoints."),
+        Event.REQUEST_SLOW: _spec("warning", "method route seconds", "A request took longer than it should."),
         Event.ADMIN_LOGIN_LINK_MADE: _spec("info", "actor", "A one-time admin login link was made."),
         Event.ADMIN_SIGNED_IN: _spec("info", "session", "An admin signed in."),
         Event.ADMIN_SIGN_IN_FAILED: _spec("warning", "reason", "An admin login was refused."),

@@ -133,6 +133,7 @@ def configure(level: str, *, stream: TextIO | None = None) -> None:
     # Its INFO is every SQL statement, which it asks about once, when an engine is made.
     statements = logging.NOTSET if threshold <= logging.DEBUG else max(threshold, logging.WARNING)
     logging.getLogger("sqlalchemy").setLevel(statements)
+    logging.getLogger("alembic").setLevel(statements)  # its INFO is what our own event of a migration says
     if stream is None:
         _tell_of_crashes()
 

@@ -26,8 +26,10 @@ import secrets
 import struct
 import threading
 from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -158,6 +160,14 @@ class Histogram(_Measure[PrometheusHistogram]):
         """Count one that took so long, for a metric without labels."""
         self.labels().observe(seconds)
 
+    def observe_all(self, seconds: Sequence[float], *labels: str) -> None:
+        """Count many at once, for far less than counting each: what is too busy to count is gathered and counted here."""
+        series: Any = self.labels(*labels)
+        buckets = Tally(bisect_left(series._upper_bounds, one) for one in seconds)
+        series._sum.inc(sum(seconds))
+        for bucket, count in buckets.items():
+            series._buckets[bucket].inc(count)
+
     def _make(self) -> PrometheusHistogram:
         return PrometheusHistogram(
             self.name, self.says, self.label_names, registry=_local, buckets=self._buckets
@@ -175,40 +185,45 @@ _shared: _Directory | None = None
 # -- tokens
 hand_outs = Counter("hand_outs", "Tokens handed out.", "provider", "way")
 denials = Counter("denials", "Requests for tokens that got none.", "code")
-hand_out_seconds = Histogram("hand_out_seconds", "Time to answer a request for a token.", "outcome")
+hand_out_seconds = Histogram("hand_out_seconds", "Time to hand out a token, record included.", "way")
 waiters = Gauge("waiters", "Requests that wait for a refresh.")
 waiters_turned_away = Counter("waiters_turned_away", "Requests that found too many others waiting.")
 refreshes = Counter("refreshes", "Refreshes by outcome.", "provider", "outcome")
 refresh_seconds = Histogram("refresh_seconds", "Time a provider took to refresh.", "provider", buckets=_SLOW)
 refreshes_running = Gauge("refreshes_running", "Refreshes under way.")
-breakers_opened = Counter("breakers_opened", "Times a failing app was left alone.", "provider")
+breakers_opened = Counter("breakers_opened", "Times an app began to be left alone.", "provider")
 reconnects_needed = Counter("reconnects_needed", "Connections a provider refused for good.", "provider")
 connects = Counter("connects", "Accounts that came back from a provider.", "provider", "outcome")
-journal_entries = Counter("journal_entries", "Answers saved in the journal.", "outcome")
+journal_entries = Counter(
+    "journal_entries", "Answers in the journal: written on their way, or found after a crash.", "outcome"
+)
 
 # -- access
-authentications = Counter("authentications", "Caller credentials checked.", "way", "outcome")
+authentications = Counter(
+    "authentications", "Caller credentials looked at; one that is remembered is not.", "way", "outcome"
+)
 audit_entries = Counter("audit_entries", "Audit entries recorded.", "way")
-audit_seconds = Histogram("audit_seconds", "Time until an audit entry is durable.")
+audit_seconds = Histogram("audit_seconds", "Time of commits to the audit database.")
 audit_spooled = Gauge("audit_spooled", "Audit entries that wait in the spool.")
 
 # -- database and keys
 database_faults = Counter("database_faults", "Transactions the database failed.", "database")
-transaction_seconds = Histogram("transaction_seconds", "Time of write transactions.", "database")
-epoch_age_seconds = Gauge("epoch_age_seconds", "How long ago changes were looked for.", over="livemax")
+transaction_seconds = Histogram(
+    "transaction_seconds", "Time of write transactions, waiting included.", "database"
+)
+epoch_age_seconds = Gauge(
+    "epoch_age_seconds", "How old what is known of changes was before the last look.", over="livemax"
+)
 clock_skew_seconds = Gauge("clock_skew_seconds", "How far this machine's clock is off.", over="livemax")
 unopenable = Counter("unopenable_records", "Sealed records that did not open.")
 
-# -- web, jobs, sync
+# -- web and jobs
 requests = Counter("requests", "HTTP requests answered.", "route", "status")
-request_seconds = Histogram("request_seconds", "Time to answer HTTP requests.", "route")
-webhooks = Counter("webhooks", "Webhook deliveries.", "kind", "outcome")
+request_seconds = Histogram("request_seconds", "Time to answer HTTP requests other than for tokens.", "route")
 outgoing = Counter("outgoing_requests", "HTTP requests sent.", "purpose", "outcome")
 outgoing_seconds = Histogram("outgoing_seconds", "Time of HTTP requests sent.", "purpose", buckets=_SLOW)
 jobs = Counter("jobs", "Runs of scheduled jobs.", "job", "outcome")
 job_seconds = Histogram("job_seconds", "Time of scheduled jobs.", "job", buckets=_SLOW)
-sync_records = Counter("sync_records", "Records reconciled.", "pair", "outcome")
-sync_backlog = Gauge("sync_backlog", "Records that wait to be reconciled.", "pair", over="livemax")
 notices = Counter("notices", "Notices to the operator's system.", "outcome")
 lines_lost = Gauge("log_lines_lost", "Log lines that could not be written.")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from flask import Flask
 
 from app.bootstrap import Services
-from app.web import admin, connect, connections, health, oauth, openapi, problems
+from app.broker.upkeep import Chore
+from app.web import admin, connect, connections, counting, health, oauth, openapi, problems
 from app.web.arguments import LARGEST_BODY
 from app.web.connections import FORCED_PLACES
 from app.web.envelope import Envelope
@@ -46,6 +47,8 @@ def create_app(services: Services) -> Flask:
     tokens = TokenViews(services)
     _route(app, tokens)
     problems.register(app)
+    counting.register(app, services.clock)
+    services.upkeep.add(Chore("requests", 0.5, tokens.count))
     _wrap(app, services, tokens)
     return app
 

@@ -236,6 +236,8 @@ def _audit(ours: Services) -> dict[str, Any]:
     standing, answers = ours.trail.standing, _answers(ours.trail)
     if standing == "online" and answers:
         return {"status": "pass"}
+    if standing == "behind" and answers:
+        return {"status": "warn", "output": "The head of the trail cannot be moved; the log says why."}
     away = f"The audit database does not {'take rows' if answers else 'answer'}"
     if standing == "refusing":
         return {"status": "fail", "output": f"{away} and the reserve takes no more: nothing is handed out."}

@@ -21,10 +21,11 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from app import errors
 from app.errors import DrawbridgeError, StartRefused
-from app.telemetry import Event, log
+from app.telemetry import Event, log, metrics
+from app.web.counting import TOKEN_ENDPOINTS, route_of
 from app.web.envelope import REQUEST_ID
 
-__all__ = ["MEDIA_TYPE", "Kind", "Problem", "kinds", "register"]
+__all__ = ["MEDIA_TYPE", "Kind", "Problem", "kinds", "register", "unreadable"]
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -92,6 +93,8 @@ def kinds() -> tuple[Kind, ...]:
 
 def _answer(error: Exception) -> Response:
     problem = _of(error)
+    if request.endpoint in TOKEN_ENDPOINTS:
+        metrics.denials.labels(problem.code).inc()
     path = request.path
     if path.startswith("/oauth/"):
         response = _as_oauth(problem)
@@ -128,6 +131,19 @@ def _ours(error: DrawbridgeError) -> Problem:
     )
 
 
+def unreadable(status: int) -> bytes:
+    """The body of an answer to what the server could not read as a request, so that there is no path to name."""
+    kind = _BY_STATUS.get(status, errors.InvalidRequest)
+    sentence = {
+        414: "The request line is longer than anything that is taken here.",
+        417: "Nothing but 100-continue can be expected here.",
+        431: "The header fields are larger than anything that is taken here.",
+        501: "The transfer coding is none that is taken here.",
+    }.get(status, "This is no HTTP request as RFC 9112 has them.")
+    problem = Problem(status=status, code=kind.code, title=kind.title, detail=sentence, hint=kind.hint)
+    return json.dumps(_body(problem)).encode()
+
+
 def _theirs(error: HTTPException) -> Problem:
     """An error of the framework: a path, method or body it does not take. Its words are not passed on."""
     status = error.code or 400
@@ -162,7 +178,7 @@ def _tell(error: Exception, code: str) -> None:
         Event.REQUEST_FAILED,
         exc_info=error,
         method=request.method,
-        route=request.url_rule.rule if request.url_rule else "none",
+        route=route_of(),
         code=code,
         incident=request.environ.get(REQUEST_ID, ""),
     )
@@ -177,20 +193,24 @@ def _wait(error: DrawbridgeError) -> int | None:
 # The three shapes
 
 
-def _as_problem(problem: Problem) -> Response:
+def _body(problem: Problem) -> dict[str, Any]:
     body: dict[str, Any] = {
         "type": f"/problems/{problem.code}",
         "title": problem.title,
         "status": problem.status,
         "detail": problem.detail,
-        # A reference that names this very request; what stands behind the path is the log's affair.
-        "instance": f"{quote(request.path)}#{request.environ.get(REQUEST_ID, '')}",
         "code": problem.code,
         "hint": problem.hint,
         "retryable": problem.retryable,
     }
     if problem.retry_after is not None:
         body["retry_after_seconds"] = problem.retry_after
+    return body
+
+
+def _as_problem(problem: Problem) -> Response:
+    # A reference that names this very request; what stands behind the path is the log's affair.
+    body = {**_body(problem), "instance": f"{quote(request.path)}#{request.environ.get(REQUEST_ID, '')}"}
     response = Response(json.dumps(body), problem.status, content_type=MEDIA_TYPE)
     if problem.status == 401:
         for challenge in _CHALLENGES:

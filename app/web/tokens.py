@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ from app.access.callers import Caller
 from app.bootstrap import Services
 from app.broker.issue import HandOut, Ready
 from app.errors import DrawbridgeError, NotFound, RefreshInProgress
+from app.telemetry import metrics
 from app.web.arguments import NAME_PATTERN, read_query, read_wishes, read_wishes_body
 from app.web.asking import client_address
 from app.web.envelope import Envelope
@@ -55,6 +57,8 @@ class TokenViews:
         self._authenticate = services.authentication.authenticate
         self._issue = services.issuer.issue
         self._composed: dict[str, tuple[HandOut, bytes, bytes]] = {}
+        self.answered: deque[int] = deque()
+        """Status of each request answered in front of Flask; appended to by many threads, emptied by `count`."""
 
     def register(self, app: Flask) -> None:
         """Put the views on their path, not through a blueprint, whose hooks would be looked for at each request."""
@@ -90,6 +94,14 @@ class TokenViews:
         )
         return Response(self.body(token), headers=list(_HEADERS))
 
+    def count(self) -> None:
+        """Count what was answered in front of Flask since the last call; counting one by one would cost each dearly."""
+        statuses: Counter[int] = Counter()
+        while self.answered:
+            statuses[self.answered.popleft()] += 1
+        for status, number in statuses.items():
+            metrics.requests.labels(PATH, str(status)).inc(number)
+
     def _caller(self, environ: WSGIEnvironment) -> Caller:
         address = client_address(environ, self._settings)
         return self._authenticate(environ.get("HTTP_AUTHORIZATION"), address=address)
@@ -99,8 +111,8 @@ class TokenViews:
         composed = self._composed.get(token.connection)
         if composed is None or composed[0] is not token:
             composed = self._compose(token)
-        left = int(token.expires - self._clock.timestamp())
-        if left < 0:
+        left = token.expires - self._clock.timestamp()
+        if left <= 0:
             raise RefreshInProgress  # it died between the last look and this line
         _, head, tail = composed
         return b"%b%d%b" % (head, left, tail)
@@ -158,20 +170,25 @@ class Express:
             return None
         try:
             wishes = read_wishes(environ["QUERY_STRING"])
-            ready = self._issuer.ready(caller, found[1], min_ttl=wishes.min_ttl)
-            if ready is not None:
-                self._authentication.admit(caller, address=client_address(environ, self._settings))
         except DrawbridgeError:
             return None
-        return ready
+        ready = self._issuer.ready(caller, found[1], min_ttl=wishes.min_ttl)
+        if ready is None:
+            return None
+        admitted = self._authentication.admits(caller, address=client_address(environ, self._settings))
+        return ready if admitted else None
 
     def finish(self, those: Sequence[tuple[WSGIEnvironment, Ready]]) -> list[tuple[bytes, bytes] | None]:
         """Headers (without status line, Date and the like) and body of each; None for what has to go the usual way."""
         try:
             handed = self._issuer.hand_out([ready for _, ready in those])
         except DrawbridgeError:  # each is asked for again the usual way, which says what is wrong
-            return [None] * len(those)
-        return [self._answer(environ, token) for (environ, _), token in zip(those, handed, strict=True)]
+            handed = [None] * len(those)
+        answers = [self._answer(environ, token) for (environ, _), token in zip(those, handed, strict=True)]
+        for (_, ready), answer in zip(those, answers, strict=True):
+            if answer is None:
+                self._authentication.readmit(ready.caller)
+        return answers
 
     def _answer(self, environ: WSGIEnvironment, token: HandOut | None) -> tuple[bytes, bytes] | None:
         if token is None:
@@ -180,6 +197,7 @@ class Express:
             body = self._views.body(token)
         except DrawbridgeError:
             return None
+        self._views.answered.append(200)
         headers = (*_HEADERS, ("Content-Length", str(len(body))), *self._envelope.stamp(environ))
         return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1"), body
 
@@ -190,6 +208,7 @@ class Shortcut:
     def __init__(self, app: WSGIApplication, views: TokenViews) -> None:
         self._app = app
         self._answer = views.answer
+        self._answered = views.answered
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] == "GET" and (found := _PATH.fullmatch(environ["PATH_INFO"])):
@@ -198,6 +217,7 @@ class Shortcut:
             except Exception as error:  # noqa: BLE001 - the view raises it again, and `problems` answers it
                 environ[_FAILED] = error
             else:
+                self._answered.append(200)
                 start_response("200 OK", [*_HEADERS, ("Content-Length", str(len(body)))])
                 return [body]
         return self._app(environ, start_response)

@@ -24,6 +24,7 @@ from app.db.engine import Database, open_databases
 from app.db.types import Instant, Json, db_now
 from app.errors import ConfigurationFault, DatabaseUnavailable
 from tests.postgres import PostgresServer, temporary_server
+from tests.waiting import until
 
 Maker = Callable[..., Database]
 
@@ -549,6 +550,49 @@ class TestFailure:
                 os.kill(backend, signal.SIGCONT)
         with database.read() as connection:
             assert connection.scalar(sa.text("SELECT 2")) == 2
+
+    def test_a_single_statement_that_does_not_end_is_ended_on_the_server_as_well(
+        self, make: Maker, postgres_url: str
+    ) -> None:
+        """Given up here, it does not go on waiting there with a connection of its own."""
+        database, other = make(postgres_url), make(postgres_url)
+        with database.write() as connection:
+            METADATA.create_all(connection, tables=[TALLY])
+        with other.write() as holder:
+            holder.execute(sa.text("LOCK TABLE tally IN ACCESS EXCLUSIVE MODE"))
+            with pytest.raises(DatabaseUnavailable), database.single(patience=0.2) as run:
+                run("INSERT INTO tally (name, value) VALUES ($1, 1)", ("two",))
+            waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+            until(lambda: holder.scalar(waiting) == 0)
+        with database.single() as run:
+            assert run("INSERT INTO tally (name, value) VALUES ($1, $2::bigint)", ("three", 3)) == 1
+        assert (value(database, "two"), value(database, "three")) == (None, 3)
+
+    def test_a_single_statement_of_any_size_arrives(self, make: Maker, postgres_url: str) -> None:
+        """Larger than what the socket takes at once: the rest follows when the server has read."""
+        database = make(postgres_url)
+        with database.write() as connection:
+            METADATA.create_all(connection, tables=[TALLY])
+        numbers = "{" + ",".join(str(10**15 + number) for number in range(400_000)) + "}"
+        statement = "INSERT INTO tally SELECT n, 1 FROM unnest($1::bigint[]) AS n WHERE n % 100 = 0"
+        with database.single() as run:
+            assert run(statement, (numbers,)) == 4_000
+
+    def test_a_single_statement_after_a_long_rest_uses_a_new_connection(
+        self, make: Maker, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What stood idle may have been dropped by a firewall unnoticed, and would be waited for in vain."""
+        database = make(postgres_url)
+        with database.write() as connection:
+            METADATA.create_all(connection, tables=[TALLY])
+        backend = "INSERT INTO tally (name, value) SELECT $1, pg_backend_pid()"
+        for name in ("one", "same"):
+            with database.single() as run:
+                run(backend, (name,))
+        monkeypatch.setattr("app.db.engine._IDLE", -1.0)
+        with database.single() as run:
+            run(backend, ("other",))
+        assert value(database, "one") == value(database, "same") != value(database, "other")
 
     def test_connections_that_died_while_idle_are_replaced_unnoticed(
         self, make: Maker, postgres_url: str

@@ -13,6 +13,7 @@ import requests
 
 from emulator import Emulator
 from tests.processes import Server, free_port, web
+from tests.waiting import until
 from tests.web_stage import Stage, environment, staged
 
 TOKEN = "/v1/connections/acme/token"
@@ -70,6 +71,29 @@ def test_the_server_answers_as_the_application_does(
     log = (tmp_path / "web.log").read_text()
     assert answer.json()["access_token"] not in log
     assert TOKEN not in log
+
+
+def test_every_hand_out_is_in_the_numbers(served: tuple[Stage, Server, str]) -> None:
+    """Whichever process and lane gave it: as a request, as a hand-out with its time, and as an audit entry."""
+    stage, server, metrics = served
+    with requests.Session() as session:
+        session.headers["Authorization"] = stage.basic("caller")
+        for _ in range(20):
+            assert session.get(f"{server.url}{TOKEN}", timeout=10).status_code == 200
+
+    expected = {
+        'drawbridge_requests_total{route="/v1/connections/<name:name>/token",status="200"} 20.0',
+        'drawbridge_hand_outs_total{provider="hubspot",way="kept"} 20.0',
+        'drawbridge_hand_out_seconds_count{way="kept"} 20.0',
+    }
+    recorded = 'drawbridge_audit_entries_total{way="database"} '
+
+    def counted() -> bool:
+        lines = requests.get(f"http://{metrics}/metrics", timeout=10).text.splitlines()
+        entries = sum(float(line.removeprefix(recorded)) for line in lines if line.startswith(recorded))
+        return expected <= set(lines) and entries >= 20
+
+    until(counted)
 
 
 def test_two_credentials_in_two_headers_are_none(served: tuple[Stage, Server, str]) -> None:

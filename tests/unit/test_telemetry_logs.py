@@ -68,22 +68,22 @@ def test_every_event_is_registered_and_well_named() -> None:
 
 def test_an_event_is_one_line_of_json_with_its_fields(out: Log) -> None:
     """Time, level, name and the registered fields."""
-    log(Event.REFRESH_GRANTED, connection="hubspot-1", generation=3, rotated=True, seconds=0.5)
+    log(Event.JOURNAL_REPLAYED, connection="hubspot-1", generation=3, saved=True, outcome="granted")
     (line,) = out.lines()
     assert line.pop("time").endswith("Z")
     assert line == {
-        "level": "info",
-        "event": "broker:refresh:granted",
+        "level": "warning",
+        "event": "broker:journal:replayed",
         "connection": "hubspot-1",
         "generation": 3,
-        "rotated": True,
-        "seconds": 0.5,
+        "saved": True,
+        "outcome": "granted",
     }
 
 
 def test_a_field_that_is_not_registered_does_not_get_out(out: Log) -> None:
     """Not its value, not its name; that something was left out does."""
-    log(Event.REFRESH_GRANTED, connection="hubspot-1", surprise="hunter2", access_token=Secret("hunter3"))
+    log(Event.REFRESH_ENDED, connection="hubspot-1", surprise="hunter2", access_token=Secret("hunter3"))
     (line,) = out.lines()
     assert line["fields_left_out"] == 2
     assert "surprise" not in out.getvalue()
@@ -94,12 +94,12 @@ def test_what_is_quieter_than_the_level_is_not_written() -> None:
     """And the level can be changed while the program runs."""
     out = Log()
     configure("warning", stream=out)
-    log(Event.REFRESH_GRANTED, connection="a")
+    log(Event.REFRESH_ENDED, connection="a")
     logging.getLogger("urllib3").info("x")
     assert out.getvalue() == ""
-    log(Event.REFRESH_REFUSED, connection="a")
+    log(Event.ANSWER_ODD, connection="a")
     configure("INFO", stream=out)
-    log(Event.REFRESH_GRANTED, connection="a")
+    log(Event.REFRESH_ENDED, connection="a")
     assert [line["level"] for line in out.lines()] == ["warning", "info"]
 
 

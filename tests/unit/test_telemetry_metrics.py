@@ -95,6 +95,23 @@ def test_counting_works_before_anything_is_prepared() -> None:
     assert got["drawbridge_refresh_seconds_count", "hubspot"] == 1
 
 
+def test_many_counted_at_once_are_counted_as_one_by_one() -> None:
+    """What falls on a bucket's bound or beyond the last one goes where the library would put it."""
+    times = [0.0, 0.0005, 0.0006, 0.025, 4.9, 5.0, 31.0]
+    for seconds in times:
+        metrics.hand_out_seconds.labels("waited").observe(seconds)
+    metrics.hand_out_seconds.observe_all(times, "kept")
+    got = samples()
+
+    def of(way: str) -> dict[tuple[str, ...], float]:
+        shown = {key: value for key, value in got.items() if way in key and not key[0].endswith("_created")}
+        return {tuple(part for part in key if part != way): value for key, value in shown.items()}
+
+    assert of("kept") == of("waited")
+    assert of("kept")["drawbridge_hand_out_seconds_bucket", "5.0"] == 6
+    assert of("kept")["drawbridge_hand_out_seconds_count",] == 7
+
+
 def test_label_values_without_end_are_counted_together() -> None:
     """A bug that puts an id into a label must not fill the memory."""
     for number in range(metrics._MOST_SERIES + 50):
@@ -113,7 +130,7 @@ def test_numbers_of_several_processes_are_added_up(tmp_path: Path) -> None:
     def work() -> None:
         metrics.waiters_turned_away.inc(10)
         metrics.waiters.set(5)
-        metrics.hand_out_seconds.labels("ok").observe(0.002)
+        metrics.hand_out_seconds.labels("kept").observe(0.002)
 
     for _ in range(3):
         in_child(work)
@@ -122,9 +139,9 @@ def test_numbers_of_several_processes_are_added_up(tmp_path: Path) -> None:
         got = samples()
         assert got["drawbridge_waiters_turned_away_total",] == 41
         assert got["drawbridge_waiters",] == 2
-        assert got["drawbridge_hand_out_seconds_count", "ok"] == 4
-        assert got["drawbridge_hand_out_seconds_bucket", "0.0025", "ok"] == 4
-        assert got["drawbridge_hand_out_seconds_bucket", "0.001", "ok"] == 0
+        assert got["drawbridge_hand_out_seconds_count", "kept"] == 4
+        assert got["drawbridge_hand_out_seconds_bucket", "0.0025", "kept"] == 4
+        assert got["drawbridge_hand_out_seconds_bucket", "0.001", "kept"] == 0
 
 
 def test_the_files_of_the_dead_do_not_pile_up(tmp_path: Path) -> None:
