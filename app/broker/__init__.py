@@ -11,8 +11,8 @@ access token lives.
 
 What is not: a process frozen between its last look at the clock and the write of the request, or while it waits for the
 answer, for longer than the access token lives may spend a token twice. An answer that nobody reads, or that is read by a
-process killed before the journal's fsync, is lost; that is found out and named (`lost_answer`), and costs the connection only
-when the provider rotates. `tests/simulation` and `tests/chaos` hold the one and measure the other.
+process killed before the journal's fsync, is lost; that is found out and named (`lost_answer`), and costs the connection
+only when the provider rotates. `tests/simulation` and `tests/chaos` hold the one and measure the other.
 
 Decision: every write to a connection is a compare-and-set on its `generation`. No transaction and no database lock is held
 while a provider is asked, so the broker runs behind any pooler; the price is that each writer must say what it does when it

@@ -146,6 +146,7 @@ class Refresher:
         self._lanes: dict[str, ThreadPoolExecutor] = {}
         self._closed = False
         self._unsaved: list[Callable[[], bool]] = []
+        self._saving = threading.Lock()
 
     def ask(self, connection: Connection) -> Future[Ending]:
         """Have this generation of the connection refreshed; whoever asks for the same meanwhile gets the same future."""
@@ -181,6 +182,12 @@ class Refresher:
 
     def save_leftovers(self) -> int:
         """Try again to commit what the database refused; how many outcomes are still waiting."""
+        with self._saving:  # nobody may find the list empty while what was in it is on its way
+            self._save_waiting()
+            with self._lock:
+                return len(self._unsaved)
+
+    def _save_waiting(self) -> None:
         with self._lock:
             waiting, self._unsaved = self._unsaved, []
         while waiting:
@@ -194,8 +201,6 @@ class Refresher:
             if not saved:
                 with self._lock:
                     self._unsaved.append(attempt)
-        with self._lock:
-            return len(self._unsaved)
 
     def require_adopted(self) -> None:
         """Pass when this database's grants are ours to use; raises `RefreshHeld` with the reason."""
@@ -272,6 +277,9 @@ class Refresher:
 
     def _refresh(self, connection_id: str, generation: int) -> Ending:
         self._adoption.require()
+        if self.save_leftovers():
+            # The newer token of this very connection may be among them; the one in the row would then be a spent one.
+            return Ending(EndingKind.HELD, DatabaseUnavailable())
         seen = self._store.get(connection_id)
         if seen is None or seen.generation != generation:
             return Ending(EndingKind.MOVED)
@@ -351,6 +359,8 @@ class Refresher:
             nonlocal sent
             if self._clock.elapsed() > lease.ends - self._timeout:
                 raise Abandoned("lease_ran_out")
+            if lease.connection.last_try and self._has_moved(lease.connection):
+                raise Abandoned("answer_came")
             sent = True
 
         connection, tokens = lease.connection, lease.tokens
@@ -368,6 +378,14 @@ class Refresher:
         except Exception:  # noqa: BLE001 - a bug in a provider file must not leave the lease open for nothing
             log(Event.REFRESH_CRASHED, connection=connection.name, attempt=lease.attempt, exc_info=True)
             return Unknown("internal") if sent else NotSent("internal")
+
+    def _has_moved(self, connection: Connection) -> bool:
+        """Whether the answer of the attempt that was taken over has come after all; what cannot be known counts as yes."""
+        try:
+            standing = self._store.get(connection.id)
+        except DatabaseUnavailable:
+            return True
+        return standing is None or standing.generation != connection.generation
 
     # What came of it
 
