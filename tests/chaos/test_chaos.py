@@ -47,7 +47,7 @@ def tallies(request: pytest.FixtureRequest) -> Tallies:
     wanted = {
         (str(values["scenario"]), str(values["kind"]))
         for item in request.session.items
-        if isinstance(item, pytest.Function) and "kind" in (values := parameters(item))
+        if isinstance(item, pytest.Function) and "scenario" in (values := parameters(item))
     }
     arguments = [word for scenario in sorted({name for name, _ in wanted}) for word in ("--only", scenario)]
     if {kind for _, kind in wanted} == {"sqlite"}:

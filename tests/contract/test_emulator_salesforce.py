@@ -399,18 +399,21 @@ def test_a_signed_assertion_brings_an_access_token_alone(
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes_at",
     [
-        {"exp": str(int(time.time()) + 180)},
-        {"exp": int(time.time() * 1000) + 300},
-        {"aud": ["https://test.salesforce.com"]},
-        {"prn": "bob@acme.example", "sub": "nobody"},
+        lambda now: {"exp": str(int(now) + 180)},
+        lambda now: {"exp": int(now * 1000) + 300},
+        lambda _: {"aud": ["https://test.salesforce.com"]},
+        lambda _: {"prn": "bob@acme.example", "sub": "nobody"},
     ],
+    ids=["exp_as_text", "exp_in_milliseconds", "aud_as_list", "prn"],
 )
-def test_what_real_clients_send_is_taken(force: Force, key: RSAPrivateKey, changes: dict[str, Any]) -> None:
+def test_what_real_clients_send_is_taken(
+    force: Force, key: RSAPrivateKey, changes_at: Callable[[float], dict[str, Any]]
+) -> None:
     """A string or milliseconds in exp, a list in aud, and prn instead of sub all work in the field."""
     force.control.change_app(force.client_id, jwt_public_key=public_pem(key))
-    text = assertion(key, **claims_for(force, **changes))
+    text = assertion(key, **claims_for(force, **changes_at(time.time())))
     assert force.post("token", grant_type=JWT_BEARER, assertion=text).status_code == 200
 
 
