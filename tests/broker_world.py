@@ -38,7 +38,7 @@ from tests.installation import HUBSPOT, SALESFORCE, Installation, installation
 from tests.waiting import PATIENCE, until
 
 CLIENTS = {"hubspot": HUBSPOT, "salesforce": SALESFORCE}
-LEASE = 12.0
+LEASE = 13.0
 T = TypeVar("T")
 
 # `db_now` asks for clock_timestamp() without a schema; ours is found before PostgreSQL's.
@@ -223,7 +223,7 @@ class World:
 @contextmanager
 def world(database_url: str, directory: Path, **environ: str) -> Iterator[World]:
     """A world with two hosts; leases of 12 s, a second for each request to a provider unless `environ` says otherwise."""
-    settings = {"LEASE_SECONDS": str(LEASE), "PROVIDER_TIMEOUT_SECONDS": "1", "WEB_THREADS": "64"} | environ
+    settings = {"LEASE_SECONDS": str(LEASE), "PROVIDER_TIMEOUT_SECONDS": "2", "WEB_THREADS": "64"} | environ
     with installation(database_url, directory, **settings) as made:
         prepare_database(made.settings())
         if database_url.startswith("postgresql"):

@@ -21,6 +21,7 @@ from tests.postgres import URL_VARIABLE, PostgresUnavailableError, find_binaries
 
 ROOT = Path(__file__).parents[1]
 BROWSER_VARIABLE = "DRAWBRIDGE_TEST_BROWSER"
+PROCESSES_VARIABLE = "DRAWBRIDGE_TEST_PROCESSES"
 BROWSER_PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
 
 
@@ -55,11 +56,12 @@ def main(arguments: list[str]) -> None:
 def side_by_side(for_pytest: list[str]) -> list[str]:
     """Return how pytest shares the tests among processes; a debugger, or a number given by hand, goes without.
 
-    Many tests wait for clocks and processes, so there are more processes than cores.
+    Many tests wait for clocks and processes, so there is one process more than cores.
     """
     if any(argument.startswith(("-n", "--numprocesses", "--pdb", "--trace")) for argument in for_pytest):
         return []
-    return ["--numprocesses", str(2 * (os.cpu_count() or 1)), "--dist", "worksteal"]
+    number = os.environ.get(PROCESSES_VARIABLE) or str((os.cpu_count() or 1) + 1)
+    return ["--numprocesses", number, "--dist", "worksteal"]
 
 
 def become_pytest(arguments: list[str]) -> NoReturn:
