@@ -122,9 +122,9 @@ def test_a_slow_write_is_told(opened: tuple[Database, Database], clock: JumpingC
     with pytest.raises(ZeroDivisionError), database.write():
         raise ZeroDivisionError
     assert counted("transaction_seconds_count", **kind) == before + 1
-    (told,) = heard.of(Event.DATABASE_SLOW)
+    # A busy machine may be slow on its own; half a minute is what was asked for.
+    (told,) = [one for one in heard.of(Event.DATABASE_SLOW) if one["seconds"] >= 30]
     assert told["database"] == database.dialect
-    assert told["seconds"] >= 30
 
 
 # Keys and sealed records
