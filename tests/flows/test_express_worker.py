@@ -289,23 +289,6 @@ def test_a_fault_in_the_lane_costs_nobody_else_anything(world: World) -> None:
     until(lambda: other.ask(world.get()).express)
 
 
-def test_nobody_waits_with_the_lane_for_its_disk(world: World) -> None:
-    """While a record takes long, kept connections are served the usual way."""
-    held, quick = world.client(), world.client()
-    until(lambda: held.ask(world.get()).express)
-    world.hold.touch()
-    try:
-        held.send(world.get("/v1/connections/acme/token?min_ttl=9.5"))
-        until(lambda: not quick.ask(world.get()).express)
-        for _ in range(5):
-            assert quick.ask(world.get("/livez")).status == 200
-            assert quick.ask(world.get()).status == 200
-    finally:
-        world.hold.unlink()
-    assert held.answer().express
-    until(lambda: quick.ask(world.get()).express)
-
-
 @pytest.mark.parametrize(
     ("raw", "status", "code"),
     [
