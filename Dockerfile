@@ -1,7 +1,7 @@
 # Drawbridge in a container: the locked environment, the product, and a user who may write nowhere but in the
 # state volume. Runs with a read-only root file system:
 #   docker run --read-only --tmpfs /tmp --volume drawbridge:/var/lib/drawbridge … drawbridge web
-# Give it time to stop (--stop-timeout 60): a refresh that has begun is finished first, and a lease lasts 45 s.
+# Give it time to stop (--stop-timeout 75): a refresh that has begun is finished first, and a lease lasts 45 s.
 
 FROM python:3.11-slim-bookworm AS environment
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -107,17 +107,31 @@ class Services:
         self.upkeep.start()
 
     def close(self) -> None:
-        """End in good order: running refreshes are waited for, what is known is written down. Idempotent."""
-        self.refresher.close()
-        self.upkeep.stop()
-        self.adoption.close()
-        self.journal.close()
-        self.denials.flush()
-        self.trail.close()
-        self.presence.leave()
-        self.watch.stop()
-        self.database.dispose()
-        self.audit_database.dispose()
+        """End in good order: running refreshes are waited for, what is known is written down. Idempotent.
+
+        A step that fails is logged and the others are taken all the same; the first failure is raised at the end.
+        """
+        steps: dict[str, Callable[[], None]] = {
+            "refresher": self.refresher.close,
+            "upkeep": self.upkeep.stop,
+            "adoption": self.adoption.close,
+            "journal": self.journal.close,
+            "denials": self.denials.flush,
+            "trail": self.trail.close,
+            "presence": self.presence.leave,
+            "watch": self.watch.stop,
+            "database": self.database.dispose,
+            "audit database": self.audit_database.dispose,
+        }
+        failures: list[Exception] = []
+        for step, take in steps.items():
+            try:
+                take()
+            except Exception as error:  # noqa: BLE001 - of any kind: it is raised when the rest is done
+                log(Event.STOP_FAILED, kind=self.kind, step=step, exc_info=error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 def prepare_database(settings: Settings, *, clock: Clock | None = None) -> bool:

@@ -22,12 +22,15 @@ threads = _settings.web_threads
 # Every worker makes its services after its fork; preloading would hand database connections and threads down.
 preload_app = False
 
-# A refresh that has begun is finished first: cut off in the middle it can cost the connection. Its lease bounds it.
-graceful_timeout = int(_settings.lease_seconds) + 10
+# A refresh that has begun is finished first: cut off in the middle it can cost the connection. Its lease bounds it, and ten
+# seconds store it. The last ten of these are not for requests (WINDING_UP_SECONDS): whoever still waits then is left, so
+# that the process ends in good order and is not killed.
+graceful_timeout = int(_settings.lease_seconds) + 20
 # gthread beats while its threads work, so this finds a worker that hangs as a whole, not a slow request.
 timeout = 60
 # Longer than the 60 s most proxies keep an idle connection, so that they close it first and never write into a closed one.
 keepalive = 75
+# For each process, and never more than half of what its limit of open files (the hard one of `ulimit -n`) leaves.
 worker_connections = max(1000, 4 * _settings.web_threads)
 
 # The longest honest line is a provider's way back, with code and state; the longest field our own bearer token.

@@ -53,9 +53,11 @@ $$ SELECT pg_catalog.clock_timestamp() + (SELECT seconds FROM shifted.clock_shif
 
 @dataclass
 class Shift:
-    """How far time was moved, in seconds."""
+    """How far time was moved, in seconds; whoever moves it holds the lock until the database knows of it, too."""
 
     seconds: float = 0.0
+    settled_at: float = 0.0  # local time at which the last move was over
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class JumpingClock(Clock):
@@ -72,6 +74,15 @@ class JumpingClock(Clock):
     def elapsed(self) -> float:
         """Elapsed seconds, moved."""
         return super().elapsed() + self._shift.seconds
+
+    def agree(self, *, database: float, asked: float, answered: float) -> None:
+        """Adopt the database's clock, unless it was read before or while time was moved.
+
+        Hosts look at it by themselves: one that read it in the middle of a move would be hours behind.
+        """
+        with self._shift.lock:
+            if asked >= self._shift.settled_at:
+                super().agree(database=database, asked=asked, answered=answered)
 
 
 @dataclass
@@ -115,12 +126,14 @@ class World:
 
     def jump(self, seconds: float) -> None:
         """Move time forward for every host, the database and both vendors."""
-        self.shift.seconds += seconds
-        self.made.emulator.control.advance(seconds)
-        if self.one.database.dialect == "postgresql":
-            url = self.made.database_url.replace("postgresql+psycopg", "postgresql")
-            with psycopg.connect(url, autocommit=True) as connection:
-                connection.execute("UPDATE shifted.clock_shift SET seconds = %s", (self.shift.seconds,))
+        with self.shift.lock:
+            self.shift.seconds += seconds
+            self.made.emulator.control.advance(seconds)
+            if self.one.database.dialect == "postgresql":
+                url = self.made.database_url.replace("postgresql+psycopg", "postgresql")
+                with psycopg.connect(url, autocommit=True) as connection:
+                    connection.execute("UPDATE shifted.clock_shift SET seconds = %s", (self.shift.seconds,))
+            self.shift.settled_at = self.one.clock.local()
         for host in self.hosts:
             host.database.sample_clock()
 
@@ -217,6 +230,8 @@ class World:
             for table in (connections, attempts, findings_table, notices):
                 transaction.execute(sa.delete(table))
             transaction.execute(sa.update(apps).values(failures=0, open_until=None, open_reason=None))
+        # So that they look again: one may still think that the database is gone which a test before took away.
+        self.jump(1)
         until(lambda: all(_knows_the_epoch(host) for host in self.hosts))
 
 

@@ -160,6 +160,16 @@ class PostgresServer:
                 self._process = None
         self.kill()
 
+    def stop_at_once(self) -> None:
+        """Stop it by an immediate shutdown, which drops every client and writes no checkpoint; `start` recovers it."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGQUIT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+            self._process = None
+        self.kill()
+
     def restart(self) -> None:
         """Stop it in an orderly way and start it again on the same port."""
         self.stop()

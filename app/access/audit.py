@@ -63,6 +63,7 @@ _RESERVE: Final = 4 * 1024 * 1024  # about 15 000 rows
 _HEAD_EVERY: Final = 1.0  # seconds the stored head may be behind the rows
 _HEAD_LATE: Final = 10.0  # seconds after which a head that cannot be moved is told
 _IDLE_ROUNDS: Final = 10  # after so many seconds without a row the thread that moves the head ends
+_MARK_EVERY: Final = 3600.0  # seconds between two marks of a living writer in the register
 _REVIVE_EVERY: Final = 1.0  # seconds between two attempts to return to the database
 _ACTOR: Final = re.compile(r"[a-z]+(:[A-Za-z0-9._-]{1,80})?")
 _ACTION: Final = re.compile(r"[a-z_]+:[a-z_]+:[a-z_]+")
@@ -205,11 +206,16 @@ class Trail:
         return "spooling" if self._refusal(chain) is None and not chain.told else "refusing"
 
     def log_head(self) -> None:
-        """Put the head into the log, which somebody else keeps: `verify` can hold the database to it. Once
-        a minute.
+        """Put the head, and that of the register of writers, into the log, which somebody else keeps: `verify`
+        can hold the database to it. Once a minute.
         """
-        if (head := self.head()) is not None:
-            log(Event.AUDIT_HEAD, writer=head.writer, sequence=head.n, digest=head.mac[:16])
+        if (head := self.head()) is None:
+            return
+        _log_head(head)
+        with suppress(DatabaseUnavailable):  # told elsewhere; the next minute has another head
+            self._mark_now_and_then()
+            if (end := self._ledger.register_head()) is not None:
+                _log_head(end)
 
     def adopt_orphans(self) -> int:
         """Bring in what killed processes left in `state_dir`; the count of rows.
@@ -236,8 +242,10 @@ class Trail:
             chain, self._chain = self._chain, None
             self._keeper = None
             self._stopped = threading.Event()
-        if chain is not None and chain.spool is not None:
-            self._part_with(chain.spool)
+        if chain is not None and (chain.spool is None or self._part_with(chain.spool)) and chain.n:
+            # Away for now: whoever ends without a mark in the register is as if killed.
+            with suppress(DatabaseUnavailable):
+                self._ledger.mark(chain.writer.id, chain.n, chain.mac)
         self.count()
 
     def count(self) -> None:
@@ -501,15 +509,30 @@ class Trail:
         with self._heads:
             with self._pen:
                 chain, behind = self._chain, list(self._left)
+                left = {writer for writer, _, _ in behind}
                 if chain is not None and _behind(chain):
                     behind.append((chain.writer, chain.n, chain.mac))
             for writer, n, mac in behind:
                 self._ledger.raise_head(writer, n, mac)
+                if writer in left:
+                    self._ledger.mark(writer.id, n, mac)
                 with self._pen:
                     self._left = [left for left in self._left if left[0] != writer]
                     if chain is not None and chain.writer == writer:
                         chain.head_n = max(chain.head_n, n)
             return bool(behind)
+
+    def _mark_now_and_then(self) -> None:
+        """Note in the register once an hour how far this chain has come: it cannot be put back behind that."""
+        with self._pen:
+            chain = self._chain
+            if chain is None or chain.away_since is not None:
+                return
+            n, mac, now = chain.n, chain.mac, self._clock.elapsed()
+            if now < chain.mark_at:
+                return
+            chain.mark_at = now + _MARK_EVERY
+        self._ledger.mark(chain.writer.id, n, mac)
 
     def _tell_stuck(self, error: Exception) -> None:
         now = self._clock.elapsed()
@@ -549,7 +572,11 @@ class Trail:
             with self._pen:
                 if stopped.is_set():
                     return True
-                self._deliver(chain.spool, done)
+                done = self._deliver(chain.spool, done)
+                if chain.spool is not None and done < chain.spool.end:
+                    self._set_aside(chain.spool, self._lost(chain.spool, done))
+                    self._chain = self._reviver = None  # whoever records next begins a chain, and a file
+                    return True
                 if not chain.certain:
                     # There may have been nothing to deliver: does it answer?
                     self._ledger.writer(chain.writer.id)
@@ -570,25 +597,46 @@ class Trail:
             start = end
         return start
 
+    def _lost(self, spool: Spool, end: int) -> int:
+        """How many rows stand whole behind the last that can be read, and are not in the trail."""
+        return sum(len(batch.rows) for batch in spool.behind(end) if not self._ledger.has(batch))
+
+    def _set_aside(self, spool: Spool, entries: int) -> None:
+        aside = spool.set_aside()
+        log(Event.AUDIT_SPOOL_DAMAGED, file=aside.name, entries=entries)
+
     def _adopt(self, spool: Spool) -> int:
-        rows = 0
+        rows, writers = 0, {spool.writer}
         try:
             for _, batch in _joined(spool.batches()):
                 self._ledger.deliver(batch)
                 rows += len(batch.rows)
+                writers.add(batch.writer)
+            lost = self._lost(spool, spool.end)
+            for writer in writers:
+                self._ledger.mark_end(writer)
         except BaseException:
             spool.abandon()
             raise
-        spool.remove()
+        if lost:
+            self._set_aside(spool, lost)
+        else:
+            spool.remove()
         return rows
 
-    def _part_with(self, spool: Spool) -> None:
+    def _part_with(self, spool: Spool) -> bool:
+        """Bring it in and remove it; false when it has to be left behind."""
         try:
-            self._deliver(spool, 0)
+            done = self._deliver(spool, 0)
+            lost = self._lost(spool, done) if done < spool.end else 0
         except DatabaseUnavailable:
             spool.abandon()
-            return
+            return False
+        if done < spool.end:
+            self._set_aside(spool, lost)
+            return False
         spool.remove()
+        return True
 
 
 def _joined(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -609,6 +657,10 @@ def _joined(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]
         end = offset
     if first is not None:
         yield end, replace(first, rows=rows)
+
+
+def _log_head(head: Head) -> None:
+    log(Event.AUDIT_HEAD, writer=head.writer, sequence=head.n, digest=head.mac[:16])
 
 
 class _Ticket:
@@ -640,6 +692,7 @@ class _Chain:
         "full",
         "head_n",
         "mac",
+        "mark_at",
         "n",
         "registered",
         "spool",
@@ -654,6 +707,7 @@ class _Chain:
         self.n = 0
         self.mac = origin
         self.registered = False
+        self.mark_at = 0.0  # elapsed seconds at which the register shall hear of it again
         self.head_n = 0  # what the database holds as head
         self.certain = True
         self.away_since: float | None = None

@@ -14,6 +14,16 @@ is stored, a seal is appended, HMAC-SHA256(seal key, kind | writer | n | mac), b
 in the table for anyone to copy: without the seal whoever can write to the database could cut off the tail
 or the beginning and move the head row along.
 
+A chain proves what stands in it, not that it was ever there. So every writer is listed in a register when it
+begins, when it ends and now and then between, each time with its number and mac; the marks are chained too,
+
+    link(i) = HMAC-SHA256(register key, link(i-1) || i | n | length | writer | mac(n))      link(0) = 32 zero bytes
+
+and the newest link is kept under a seal. So no writer vanishes, and none falls behind its newest mark, unless all
+that any writer was marked with since goes too. Two things the database alone cannot show, because all of it was
+genuine once: the whole trail put back to an earlier state of it, and one writer put back to a head it has had since
+its newest mark. The heads in the log show both, the register's among them.
+
 Compatibility: rows are kept for years. A change of these bytes needs a new origin (hence a new writer) and
 must keep verifying the old ones; never edit this encoding in place.
 """
@@ -25,7 +35,10 @@ import struct
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-__all__ = ["ChainKeys", "Head", "Row", "decode_head", "encode_head"]
+__all__ = ["REGISTER", "ChainKeys", "Head", "Kind", "Mark", "Row", "decode_head", "encode_head"]
+
+Kind = Literal["head", "kept", "register"]
+REGISTER: Final = "register"  # whose head the newest link of the register is; no writer is called so
 
 MAC_BYTES: Final = 32
 _ABSENT: Final = 0xFFFFFFFF
@@ -57,10 +70,20 @@ class Head:
     mac: str
 
 
+class Mark(NamedTuple):
+    """One line of the register: `writer` stood at row `sequence` with this mac; 0 is its beginning."""
+
+    n: int
+    writer: str
+    sequence: int
+    mac: bytes
+    link: bytes
+
+
 class ChainKeys:
     """The keys of the chain, derived from one key that lives outside the audit database."""
 
-    __slots__ = ("_origin", "_row", "_seal")
+    __slots__ = ("_origin", "_register", "_row", "_seal")
 
     def __init__(self, key: bytes) -> None:
         if len(key) < MAC_BYTES:
@@ -68,6 +91,7 @@ class ChainKeys:
         self._row = hmac.digest(key, b"drawbridge audit 1 row", "sha256")
         self._origin = hmac.digest(key, b"drawbridge audit 1 origin", "sha256")
         self._seal = hmac.digest(key, b"drawbridge audit 1 seal", "sha256")
+        self._register = hmac.digest(key, b"drawbridge audit 1 register", "sha256")
 
     def origin(self, writer: str) -> bytes:
         """The mac before a writer's first row."""
@@ -82,21 +106,25 @@ class ChainKeys:
         message = b"".join((previous, _FIXED.pack(row.n, row.at, *lengths), *texts, detail or b""))
         return hmac.digest(self._row, message, "sha256")
 
-    def seal(self, kind: Literal["head", "kept"], writer: str, n: int, mac: bytes) -> bytes:
+    def link(self, previous: bytes, mark: Mark) -> bytes:
+        """The link of a mark that follows `previous`; the mark's own `link` field is not looked at."""
+        name = mark.writer.encode("utf-8", "surrogatepass")
+        numbers = struct.pack(">QQI", mark.n, mark.sequence, len(name))
+        return hmac.digest(self._register, b"".join((previous, numbers, name, mark.mac)), "sha256")
+
+    def seal(self, kind: Kind, writer: str, n: int, mac: bytes) -> bytes:
         """What proves that we, and nobody with mere access to the database, put this head there."""
         name = writer.encode()
         message = kind.encode() + struct.pack(">QI", n, len(name)) + name + mac
         return hmac.digest(self._seal, message, "sha256")
 
 
-def encode_head(keys: ChainKeys, kind: Literal["head", "kept"], writer: str, n: int, mac: bytes) -> bytes:
+def encode_head(keys: ChainKeys, kind: Kind, writer: str, n: int, mac: bytes) -> bytes:
     """The bytes of a head as audit_writers keeps them: mac and seal."""
     return mac + keys.seal(kind, writer, n, mac)
 
 
-def decode_head(
-    keys: ChainKeys, kind: Literal["head", "kept"], writer: str, n: int, stored: bytes
-) -> bytes | None:
+def decode_head(keys: ChainKeys, kind: Kind, writer: str, n: int, stored: bytes) -> bytes | None:
     """The mac of a stored head; None when its seal is not ours."""
     mac, seal = stored[:MAC_BYTES], stored[MAC_BYTES:]
     return mac if hmac.compare_digest(seal, keys.seal(kind, writer, n, mac)) else None

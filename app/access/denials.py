@@ -2,7 +2,7 @@
 
 Who cannot prove to be anybody gets ten rows a minute in each process and way, then is only counted; the
 same refusal of a known caller gets five rows a second. What was counted becomes one row when its time is
-over (`tick`).
+over (`tick`); while it cannot be recorded it stays counted.
 """
 
 from __future__ import annotations
@@ -65,8 +65,13 @@ class Denials:
         """
         target = target if scrub(target) == target else "(redacted)"
         refusal = _Refusal(actor, Event.ACCESS_DENIED, target, (("action", action), ("code", code)))
-        if self._counts(refusal, rows=_KNOWN_ROWS, seconds=_KNOWN_SECONDS):
-            self._trail.record(refusal.entry("denied"))
+        self._known(refusal, "denied")
+
+    def connection(self, actor: str, *, target: str, code: str) -> None:
+        """Record that a caller that may have it gets no token of a connection, for what has become of that;
+        `code` is the answer's.
+        """
+        self._known(_Refusal(actor, Event.TOKEN_REFUSED, target, (("code", code),)), code)
 
     def tick(self) -> None:
         """Write the counts whose time is over; call it every second or so, and once before the process
@@ -77,6 +82,10 @@ class Denials:
     def flush(self) -> None:
         """Write every count now."""
         self._write_counts(self._over(float("inf")))
+
+    def _known(self, refusal: _Refusal, outcome: str) -> None:
+        if self._counts(refusal, rows=_KNOWN_ROWS, seconds=_KNOWN_SECONDS):
+            self._trail.record(refusal.entry(outcome))
 
     def _counts(self, refusal: _Refusal, *, rows: int, seconds: float) -> bool:
         """Whether this one gets a row of its own; what an earlier window counted is written by the way."""
@@ -105,5 +114,16 @@ class Denials:
         return [(refusal, window.counted) for refusal, window in ended if window.counted]
 
     def _write_counts(self, over: list[tuple[_Refusal, int]]) -> None:
-        for refusal, count in over:
-            self._trail.record(refusal.entry("counted", count=count))
+        written = 0
+        try:
+            for refusal, count in over:
+                self._trail.record(refusal.entry("counted", count=count))
+                written += 1
+        finally:
+            self._put_back(over[written:])
+
+    def _put_back(self, unwritten: list[tuple[_Refusal, int]]) -> None:
+        """Count again what could not be recorded, as a window that is over: the next `tick` tries it anew."""
+        with self._lock:
+            for refusal, count in unwritten:
+                self._windows.setdefault(refusal, _Window(float("-inf"))).counted += count

@@ -1,18 +1,21 @@
 """The proof of the trail: reads every row in order and says where the chain breaks, if it does.
 
-Memory is bounded by a page of rows. It may run beside live writers and a prune: what they move meanwhile is
+The register of writers comes first: whoever is in it must be there, with every row it had when it was marked.
+
+Memory is bounded by a page of rows and the register. It may run beside live writers and a prune: what they move meanwhile is
 read again before anything is called wrong.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from app.access.chain import ChainKeys, Head, Row, decode_head
+from app.access.chain import MAC_BYTES, REGISTER, ChainKeys, Head, Mark, Row, decode_head
 from app.access.ledger import Ledger, StoredWriter
 from app.telemetry import Event, log
 
@@ -63,12 +66,15 @@ def inspect(ledger: Ledger, keys: ChainKeys, heads: Sequence[Head] = ()) -> Verd
     if any(len(head.mac) < _PREFIX for head in heads):
         raise ValueError("a head is compared by at least sixteen hex digits of its mac")
     rows = writers = 0
-    for writer in _writers(ledger, heads):
-        try:
-            rows += _walk_writer(ledger, keys, writer, [head for head in heads if head.writer == writer])
-        except _Broken as broken:
-            return Verdict(rows, writers, Bad(writer, broken.n, broken.why))
-        writers += 1
+    writer = REGISTER
+    register = _Register(ledger, keys, heads)
+    try:
+        register.read()
+        for writer in _writers(ledger, register.heads()):
+            rows += _walk_writer(ledger, keys, writer, register)
+            writers += 1
+    except _Broken as broken:
+        return Verdict(rows, writers, Bad(writer, broken.n, broken.why))
     return Verdict(rows, writers, None)
 
 
@@ -88,12 +94,65 @@ def prune(ledger: Ledger, keys: ChainKeys, older_than: datetime) -> int:
     return removed
 
 
+class _Register:
+    """What is known of each writer beside its rows: the marks of the register and the heads somebody kept."""
+
+    def __init__(self, ledger: Ledger, keys: ChainKeys, heads: Sequence[Head]) -> None:
+        self._ledger = ledger
+        self._keys = keys
+        self._kept = [head for head in heads if head.writer == REGISTER]
+        self._known: dict[str, list[Head]] = {}
+        self._listed: set[str] = set()
+        self._position = _Position(0, bytes(MAC_BYTES))
+        for head in heads:
+            if head.writer != REGISTER:
+                self._known.setdefault(head.writer, []).append(head)
+
+    def heads(self) -> list[Head]:
+        """Every head that is known of any writer."""
+        return [head for heads in self._known.values() for head in heads]
+
+    def of(self, writer: str) -> list[Head]:
+        """The heads that are known of one."""
+        return self._known.get(writer, [])
+
+    def lists(self, writer: str) -> bool:
+        """Whether a writer is in it; one that has just begun is looked for in what was added meanwhile."""
+        if writer not in self._listed:
+            self.read()
+        return writer in self._listed
+
+    def read(self) -> None:
+        """Check what was added since the last call, from the beginning at first."""
+        end = self._ledger.register_head()
+        if end is None:
+            raise _Broken(self._position.n, "The end of the register of writers was edited or removed.")
+        known = _by_number([*self._kept, end])
+        _compare(self._position, known)
+        while page := self._ledger.marks_after(self._position.n if self._position.n else _BEFORE_ALL):
+            for mark in page:
+                self._step(mark)
+                _compare(self._position, known)
+        if max(known) > self._position.n:
+            raise _Broken(self._position.n + 1, "This line of the register of writers is missing.")
+
+    def _step(self, mark: Mark) -> None:
+        if mark.n != self._position.n + 1:
+            raise _Broken(self._position.n + 1, "This line of the register of writers is missing.")
+        if not hmac.compare_digest(self._keys.link(self._position.mac, mark), mark.link):
+            raise _Broken(mark.n, "This line of the register of writers was edited.")
+        self._position = _Position(mark.n, mark.link)
+        self._listed.add(mark.writer)
+        self._known.setdefault(mark.writer, []).append(Head(mark.writer, mark.sequence, mark.mac.hex()))
+
+
 def _writers(ledger: Ledger, heads: Sequence[Head]) -> Iterator[str]:
     named = sorted({head.writer for head in heads})
     writer = ""
     while True:
         stored = ledger.writer_after(writer)
-        kept_elsewhere = next((name for name in named if name > writer), None)
+        at = bisect_right(named, writer)
+        kept_elsewhere = named[at] if at < len(named) else None
         found = min((name for name in (stored, kept_elsewhere) if name is not None), default=None)
         if found is None:
             return
@@ -101,12 +160,15 @@ def _writers(ledger: Ledger, heads: Sequence[Head]) -> Iterator[str]:
         writer = found
 
 
-def _walk_writer(ledger: Ledger, keys: ChainKeys, writer: str, heads: Sequence[Head]) -> int:
+def _walk_writer(ledger: Ledger, keys: ChainKeys, writer: str, register: _Register) -> int:
     """Check one writer; the count of its rows. A prune that moves the kept head under us makes it begin
     again.
     """
     while True:
-        stored = _stored(ledger, writer, heads)
+        stored = _stored(ledger, writer, register.of(writer))
+        if not register.lists(writer):
+            raise _Broken(stored.kept_n + 1, "The writer of this row is not in the register of writers.")
+        heads = register.of(writer)
         try:
             return _walk_from(ledger, keys, stored, heads)
         except _Broken:
@@ -119,7 +181,7 @@ def _walk_from(ledger: Ledger, keys: ChainKeys, stored: StoredWriter, heads: Seq
     """Check from the kept head to the last row. Rows behind the stored head are as good as those before it: a live writer
     moves its head once a second, and a killed one leaves it where it was.
     """
-    known = [*heads, _head(keys, stored)]
+    known = _by_number([*heads, _head(keys, stored)])
     position = start = _kept(keys, stored)
     _compare(position, known)
     while page := ledger.rows_after(stored.id, position.n if position is not start else _BEFORE_ALL):
@@ -129,7 +191,9 @@ def _walk_from(ledger: Ledger, keys: ChainKeys, stored: StoredWriter, heads: Seq
     if stored.head_n > position.n:
         raise _Broken(position.n + 1, "This row is missing: the stored head is further on.")
     if any(head.n > position.n for head in heads):
-        raise _Broken(position.n + 1, "This row is missing: a head that was kept elsewhere is further on.")
+        raise _Broken(
+            position.n + 1, "This row is missing: the register, or a head kept elsewhere, is further on."
+        )
     return position.n - start.n
 
 
@@ -144,9 +208,16 @@ def _step(keys: ChainKeys, position: _Position, row: Row) -> _Position:
     return _Position(row.n, mac)
 
 
-def _compare(position: _Position, heads: Sequence[Head]) -> None:
+def _by_number(heads: Sequence[Head]) -> dict[int, list[str]]:
+    known: dict[int, list[str]] = {}
     for head in heads:
-        if head.n == position.n and not position.mac.hex().startswith(head.mac.lower()):
+        known.setdefault(head.n, []).append(head.mac.lower())
+    return known
+
+
+def _compare(position: _Position, known: Mapping[int, Sequence[str]]) -> None:
+    for mac in known.get(position.n, ()):
+        if not position.mac.hex().startswith(mac):
             raise _Broken(position.n, "This row differs from a head that was kept.")
 
 
@@ -162,8 +233,10 @@ def _stored(ledger: Ledger, writer: str, heads: Sequence[Head]) -> StoredWriter:
     if stored is not None:
         return stored
     first = ledger.rows_after(writer, _BEFORE_ALL, limit=1)
-    n = first[0].n if first else min((head.n for head in heads), default=1)
-    raise _Broken(n, "No head is stored for this writer.")
+    if first:
+        raise _Broken(first[0].n, "No head is stored for this writer.")
+    n = min((head.n for head in heads if head.n), default=1)
+    raise _Broken(n, "This writer is gone, with its head and all its rows.")
 
 
 def _kept(keys: ChainKeys, stored: StoredWriter) -> _Position:

@@ -95,49 +95,70 @@ class KeySets:
         """The keys at a URI, not older than ten minutes; asked again, once a minute at most, when `kid` is
         not among them.
 
-        Raises `Overloaded` when they cannot be had: then nobody knows yet whether the caller is the one.
+        Whoever holds a set that may still serve waits for nobody: one asks, the others go on with what is
+        there. Raises `Overloaded` when the keys cannot be had, or are being asked for because of a `kid`
+        nobody knows: then it is not known yet whether the caller is the one.
         """
         with self._lock:
             fetched = self._sets.setdefault(uri, _Fetched())
-        with (
-            fetched.lock
-        ):  # one fetch per address; whoever else needs it waits those few seconds for its result
-            now = self._clock.elapsed()
-            if fetched.due(now, kid):
-                self._renew(uri, fetched, now)
-            if fetched.keys is None or now - fetched.at > _STALE:
-                raise Overloaded(
-                    "The keys of the caller cannot be fetched from its JWKS URI.", retry_after=_RETRY_EVERY
-                )
-            return fetched.keys
+        now = self._clock.elapsed()
+        held = fetched.serving(now)
+        if held is not None and not fetched.due(now, kid):
+            return held
+        # Without keys everybody waits those few seconds for the result of one fetch.
+        if not fetched.lock.acquire(blocking=held is None):
+            assert held is not None
+            if _is_missing(kid, held):
+                raise _unknown()
+            return held
+        try:
+            if fetched.due(self._clock.elapsed(), kid):
+                self._renew(uri, fetched)
+            held = fetched.serving(self._clock.elapsed())
+        finally:
+            fetched.lock.release()
+        if held is None:
+            raise _unknown()
+        return held
 
-    def _renew(self, uri: str, fetched: _Fetched, now: float) -> None:
-        fetched.tried_at = now
+    def _renew(self, uri: str, fetched: _Fetched) -> None:
+        began = self._clock.elapsed()
         try:
             answer = self._http.send("GET", uri, purpose=Purpose.OPERATOR, deadlines=_DEADLINES)
-            if answer.status != 200:
-                return
-            fetched.keys = read_public_keys(answer.json())
+            if answer.status == 200:
+                fetched.kept = (began, read_public_keys(answer.json()))
         except (WireFault, Unprocessable):
             return
-        fetched.at = now
+        finally:
+            # Its end: counted from its beginning, a fetch that took long would be due again for the next in line.
+            fetched.tried_at = self._clock.elapsed()
 
 
 class _Fetched:
-    __slots__ = ("at", "keys", "lock", "tried_at")
+    __slots__ = ("kept", "lock", "tried_at")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.keys: tuple[PublicKey, ...] | None = None
-        self.at = float("-inf")
+        self.lock = threading.Lock()  # held by who fetches; the rest may be read without it
+        self.kept: tuple[float, tuple[PublicKey, ...]] | None = None  # when they were asked for, and the keys
         self.tried_at = float("-inf")
 
+    def serving(self, now: float) -> tuple[PublicKey, ...] | None:
+        kept = self.kept
+        return None if kept is None or now - kept[0] > _STALE else kept[1]
+
     def due(self, now: float, kid: str | None) -> bool:
-        since = now - self.tried_at
-        if self.keys is None or now - self.at > _FRESH:
+        since, kept = now - self.tried_at, self.kept
+        if kept is None or now - kept[0] > _FRESH:
             return since >= _RETRY_EVERY
-        missing = kid is not None and all(key.kid != kid for key in self.keys)
-        return missing and since >= _MISS_EVERY
+        return _is_missing(kid, kept[1]) and since >= _MISS_EVERY
+
+
+def _is_missing(kid: str | None, keys: Sequence[PublicKey]) -> bool:
+    return kid is not None and all(key.kid != kid for key in keys)
+
+
+def _unknown() -> Overloaded:
+    return Overloaded("The keys of the caller cannot be fetched from its JWKS URI.", retry_after=_RETRY_EVERY)
 
 
 def _public_key(jwk: object) -> PublicKey | None:

@@ -1,4 +1,4 @@
-"""The SQL of the trail: the only file that touches `audit` and `audit_writers`.
+"""The SQL of the trail: the only file that touches `audit`, `audit_writers` and the register of writers.
 
 Appending happens once for every hand-out, so it is one statement that is a transaction of its own, sent past SQLAlchemy:
 under load every call into a driver gives the interpreter away, and getting it back costs more than the statement. The head
@@ -14,13 +14,14 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, delete, select, text, tuple_, type_coerce, update
+from sqlalchemy import BigInteger, Text, delete, func, select, text, tuple_, type_coerce, update
 from sqlalchemy.engine import Connection
 
-from app.access.chain import ChainKeys, Row, encode_head
+from app.access.chain import MAC_BYTES, REGISTER, ChainKeys, Head, Mark, Row, decode_head, encode_head
 from app.access.spool import Batch
 from app.db.engine import Database
-from app.db.schema import audit, audit_writers
+from app.db.schema import audit, audit_register, audit_register_head, audit_writers
+from app.telemetry import Event, log
 
 __all__ = ["Ledger", "StoredWriter", "Writer"]
 
@@ -43,6 +44,14 @@ _RAISE_HEAD: Final = text(
     " VALUES (:id, :host, :started, 0, :kept, :n, :head)"
     " ON CONFLICT (id) DO UPDATE SET head_n = excluded.head_n, head_mac = excluded.head_mac"
     " WHERE audit_writers.head_n < excluded.head_n"
+)
+_MARK: Final = text(
+    "INSERT INTO audit_register (n, writer, sequence, mac, link) VALUES (:n, :writer, :sequence, :mac, :link)"
+    " ON CONFLICT (n) DO NOTHING"
+)
+_RAISE_REGISTER: Final = text(
+    "INSERT INTO audit_register_head (one, n, link) VALUES (1, :n, :link)"
+    " ON CONFLICT (one) DO UPDATE SET n = excluded.n, link = excluded.link"
 )
 _AT: Final = type_coerce(audit.c.at, BigInteger)
 _STORED: Final = (
@@ -107,6 +116,38 @@ class Ledger:
         with self._database.write() as connection:
             connection.execute(_INSERT_ONCE, [row._asdict() for row in batch.rows])
             self._raise_head(connection, writer, end.n, end.mac)
+
+    def has(self, batch: Batch) -> bool:
+        """Whether the rows of a batch were brought in before: the head was raised with them."""
+        stored = self.writer(batch.writer)
+        return stored is not None and stored.head_n >= batch.rows[-1].n
+
+    def mark(self, writer: str, n: int, mac: bytes) -> None:
+        """Note in the register how far a writer has come, if that is news; those rows must be stored."""
+        with self._database.write() as connection:
+            self._mark(connection, writer, n, mac)
+
+    def mark_end(self, writer: str) -> None:
+        """Note in the register where a writer that is gone has ended."""
+        newest = select(audit.c.n, audit.c.mac).where(audit.c.writer == writer).order_by(audit.c.n.desc())
+        with self._database.read() as connection:
+            last = connection.execute(newest.limit(1)).one_or_none()
+        stored = self.writer(writer)
+        # Rows missing before the stored head are for `verify` to name, not for the register to confirm.
+        if last is not None and stored is not None and last.n >= stored.head_n:
+            self.mark(writer, last.n, bytes(last.mac))
+
+    def marks_after(self, n: int, *, limit: int = 2000) -> Sequence[Mark]:
+        """The next marks of the register in order."""
+        question = select(audit_register).where(audit_register.c.n > n).order_by(audit_register.c.n)
+        with self._database.read() as connection:
+            found = connection.execute(question.limit(limit)).all()
+        return [Mark(row.n, row.writer, row.sequence, bytes(row.mac), bytes(row.link)) for row in found]
+
+    def register_head(self) -> Head | None:
+        """Where the register ends; None when what is stored as its end is missing or not ours."""
+        with self._database.read() as connection:
+            return self._register_head(connection)
 
     def writer(self, writer: str) -> StoredWriter | None:
         """One writer's heads as stored."""
@@ -226,7 +267,37 @@ class Ledger:
             "n": n,
             "head": self._head(writer.id, n, mac),
         }
+        if connection.scalar(select(audit_writers.c.id).where(audit_writers.c.id == writer.id)) is None:
+            # In one transaction: no writer without its place in the register, and none there that is not here.
+            self._mark(connection, writer.id, 0, self._keys.origin(writer.id))
         connection.execute(_RAISE_HEAD, values)
+
+    def _mark(self, connection: Connection, writer: str, n: int, mac: bytes) -> None:
+        self._database.take_turns(connection, "audit register")
+        listed = select(func.max(audit_register.c.sequence)).where(audit_register.c.writer == writer)
+        newest = connection.scalar(listed)
+        if newest is not None and newest >= n:
+            return
+        head = self._register_head(connection)
+        if head is None:
+            # To go on from what somebody else put there would put our seal under it.
+            log(Event.AUDIT_BROKEN, writer=REGISTER, reason="The end of the register of writers is not ours.")
+            return
+        mark = Mark(head.n + 1, writer, n, mac, b"")
+        mark = mark._replace(link=self._keys.link(bytes.fromhex(head.mac), mark))
+        if connection.execute(_MARK, mark._asdict()).rowcount != 1:
+            log(Event.AUDIT_BROKEN, writer=REGISTER, sequence=mark.n, reason="A line of it is not ours.")
+            return  # recording goes on; `verify` names the line
+        sealed = encode_head(self._keys, "register", REGISTER, mark.n, mark.link)
+        connection.execute(_RAISE_REGISTER, {"n": mark.n, "link": sealed})
+
+    def _register_head(self, connection: Connection) -> Head | None:
+        stored = connection.execute(select(audit_register_head.c.n, audit_register_head.c.link)).one_or_none()
+        if stored is None:
+            begun = connection.scalar(select(audit_register.c.n).limit(1)) is not None
+            return None if begun else Head(REGISTER, 0, bytes(MAC_BYTES).hex())
+        link = decode_head(self._keys, "register", REGISTER, stored.n, bytes(stored.link))
+        return None if link is None else Head(REGISTER, stored.n, link.hex())
 
 
 def _many(rows: Sequence[Row]) -> tuple[str, Sequence[Any]]:

@@ -61,6 +61,13 @@ class Access:
             return False
         return known.answers.get(_question(caller, action, target)) is True
 
+    def refuse(self, caller: Caller, target: str, *, code: str) -> None:
+        """Put on record that a connection gives a caller no token, before the answer leaves; `code` says why.
+
+        Many of the same in a second are counted. Raises `AuditUnavailable`.
+        """
+        self._denials.connection(caller.actor, target=target, code=code)
+
     def record(
         self,
         actor: str,

@@ -11,7 +11,9 @@ lock (flock); a file nobody holds is an orphan of a killed process and is adopte
 
 A batch counts only if it follows the one before it: same writer, `before` and `previous` equal to where
 that one ended. A torn tail fails the checksum; bytes left over from an earlier use of the file fail the
-link, because numbers only grow.
+link, because numbers only grow. A byte that rots in the middle fails the checksum too, and takes all that is
+behind it along: `behind` finds whole batches there, and who knows what the trail has can tell which of them are
+only left over.
 
 Compatibility: files outlive an upgrade. Readers must go on understanding this form; a new form needs a new
 magic.
@@ -37,6 +39,7 @@ __all__ = ["Batch", "Spool", "orphans"]
 _MAGIC: Final = b"\x00DBA"
 _HEADER: Final = struct.Struct(">4sII")
 _SUFFIX: Final = ".audit-spool"
+_ASIDE: Final = ".damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,11 @@ class Spool:
         return spool
 
     @property
+    def writer(self) -> str:
+        """The writer it was made for."""
+        return self.path.name.removesuffix(_SUFFIX)
+
+    @property
     def empty(self) -> bool:
         """Whether no batch waits in it."""
         return self._end == 0
@@ -119,6 +127,25 @@ class Spool:
         os.pwrite(self._descriptor, bytes(_HEADER.size), 0)
         os.fdatasync(self._descriptor)
         self._end = 0
+
+    def behind(self, start: int) -> Iterator[Batch]:
+        """Whole batches behind the last that can be read: left over from an earlier use, or cut off by damage."""
+        rest = os.pread(self._descriptor, os.fstat(self._descriptor).st_size - start, start)
+        at = rest.find(_MAGIC)
+        while at >= 0:
+            _, length, checksum = _HEADER.unpack(rest[at : at + _HEADER.size].ljust(_HEADER.size, b"\x00"))
+            payload = rest[at + _HEADER.size : at + _HEADER.size + length]
+            whole = 0 < length == len(payload) and zlib.crc32(payload) == checksum
+            if whole:
+                yield _decode(payload)
+            at = rest.find(_MAGIC, at + (_HEADER.size + length if whole else 1))
+
+    def set_aside(self) -> Path:
+        """Give the file a name that nobody adopts, for people to look at, and give up its lock."""
+        aside = self.path.with_name(f"{self.path.name}{_ASIDE}")
+        self.path.rename(aside)
+        self.abandon()
+        return aside
 
     def remove(self) -> None:
         """Delete the file and give up its lock."""

@@ -34,9 +34,9 @@ __all__ = ["Adoption", "Disagreement"]
 
 _FILE: Final = "high-water.json"
 _EVERY: Final = 1.0  # seconds between two writes of the mark
-_RESTORED: Final = (
-    "restored"  # in the mark: the adoption the database told of when it was found to have gone back
-)
+# In the mark: the adoption the database told of when it was found to have gone back.
+_RESTORED: Final = "restored"
+_OLDER: Final = "The database is older than this host remembers: a restored backup?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,26 @@ class Adoption:
                     "copied", "The database was made for another PUBLIC_URL; it may be a copy."
                 )
             if mark is not None and self._restored(mark, seen):
-                return Disagreement(
-                    "restored", "The database is older than this host remembers: a restored backup?"
-                )
+                return Disagreement("restored", _OLDER)
             self._keep(identifier, seen)
         return None
+
+    def require_not_behind(self, count: int) -> None:
+        """Pass unless the counter, as the transaction that takes a lease reads it, is behind what this host saw.
+
+        `require` judges by a reading that may be a moment old; raises `RefreshHeld`.
+        """
+        with self._lock:
+            mark = self._read_mark()
+            if mark is not None and count < int(mark["connections"]):
+                raise RefreshHeld(_OLDER)
+
+    def saw(self, count: int) -> None:
+        """Move the mark up to what this process has committed itself; the watch would notice it a moment later."""
+        with self._lock:
+            mark = self._read_mark()
+            if mark is not None and _RESTORED not in mark and count > int(mark["connections"]):
+                self._keep(str(mark["installation"]), count)
 
     def _restored(self, mark: dict[str, int | str], seen: int) -> bool:
         """Whether the database went back behind the mark, or did once and was not adopted since."""

@@ -31,6 +31,11 @@ _PATIENCE: Final = {
     FindingKind.MASS_REFUSAL: timedelta(hours=1),
 }
 APP_WIDE: Final = tuple(_PATIENCE)
+# How long a finding must not have been confirmed before a grant may end it. While a client secret is being rotated, a
+# provider's servers and our processes know the old one or the new one as it comes, for minutes: grants and refusals
+# take turns, and each turn would be two notices. A refused client pauses the app for a minute, so that within two it was
+# surely asked again.
+_QUIET: Final = {FindingKind.APP_MISCONFIGURED: timedelta(minutes=2)}
 
 
 def sound(
@@ -49,8 +54,12 @@ def sound(
 
 
 def end(transaction: Transaction, kind: FindingKind, *, app_id: str, vendor: Provider, now: datetime) -> None:
-    """Close the app's finding if it is open, and announce that."""
-    was = findings.close(transaction, kind, now=now, app_id=app_id)
+    """Close the app's finding if it is open, and announce that.
+
+    One that was confirmed only just now stays open; `lapse` ends it when it has been quiet for long enough.
+    """
+    unseen_since = now - _QUIET[kind] if kind in _QUIET else None
+    was = findings.close(transaction, kind, now=now, app_id=app_id, unseen_since=unseen_since)
     if was is not None:
         _announce(transaction, NoticeEvent.FINDING_CLOSED, was, vendor=vendor, now=now)
 
@@ -58,8 +67,16 @@ def end(transaction: Transaction, kind: FindingKind, *, app_id: str, vendor: Pro
 def lapse(
     transaction: Transaction, kind: FindingKind, *, app_id: str, vendor: Provider, now: datetime
 ) -> bool:
-    """Close the app's finding if nothing has confirmed it for long, and announce that; whether it was so."""
-    was = findings.lapse(transaction, kind, app_id=app_id, unseen_since=now - _PATIENCE[kind])
+    """Close the app's finding if nothing has confirmed it for long, and announce that; whether it was so.
+
+    Not so long is enough where a grant has come since.
+    """
+    was = None
+    if kind in _QUIET:
+        quiet = now - _QUIET[kind]
+        was = findings.end_if_granted(transaction, kind, app_id=app_id, unseen_since=quiet, now=now)
+    if was is None:
+        was = findings.lapse(transaction, kind, app_id=app_id, unseen_since=now - _PATIENCE[kind])
     if was is not None:
         _announce(transaction, NoticeEvent.FINDING_CLOSED, was, vendor=vendor, now=now)
     return was is not None

@@ -158,7 +158,7 @@ class Apps:
     def row(self, app_id: str) -> AppRow:
         """The app with this id; raises `NotFound`."""
         with self._database.read() as transaction:
-            row = transaction.execute(_SELECT.where(apps.c.id == app_id)).one_or_none()
+            row = transaction.execute(_BY_ID, {"wanted": app_id}).one_or_none()
         if row is None:
             raise NotFound("The app of this connection no longer exists.")
         return _row(row._mapping)
@@ -166,9 +166,7 @@ class Apps:
     def open(self, app_id: str) -> App:
         """The app ready for use, its secrets opened. Raises `NotFound`, `ProviderMisconfigured` or `Unopenable`."""
         with self._database.read() as transaction:
-            row = transaction.execute(
-                _SELECT.add_columns(apps.c.secrets).where(apps.c.id == app_id)
-            ).one_or_none()
+            row = transaction.execute(_WITH_SECRETS, {"wanted": app_id}).one_or_none()
         if row is None:
             raise NotFound("The app of this connection no longer exists.")
         plain = _row(row._mapping)
@@ -245,7 +243,7 @@ class Apps:
                     secrets=sealed.blob,
                     kek_id=sealed.kek_id,
                     version=app.version + 1,
-                    # Not 0: the grant that comes next then closes what was found of the app.
+                    # Not 0: the grant that comes next then closes what was found of the app, once that is quiet.
                     failures=sa.case((apps.c.failures > 0, 1), else_=0),
                     open_until=None,
                     open_reason=None,
@@ -276,11 +274,8 @@ class Apps:
 
     def breaker(self, app_id: str) -> Breaker | None:
         """The open breaker of this app, or None when refreshes may go out."""
-        query = sa.select(apps.c.open_until, apps.c.open_reason).where(
-            apps.c.id == app_id, apps.c.open_until > db_now()
-        )
         with self._database.read() as transaction:
-            row = transaction.execute(query).one_or_none()
+            row = transaction.execute(_BREAKER, {"wanted": app_id}).one_or_none()
         return None if row is None else Breaker(row.open_until, row.open_reason or AppTrouble.DOWN.value)
 
     def went_well(self, transaction: Transaction, app_id: str) -> bool:
@@ -378,6 +373,11 @@ class Apps:
 
 _COLUMNS: Final = tuple(AppRow.__dataclass_fields__)
 _SELECT: Final = sa.select(*(apps.c[name] for name in _COLUMNS))
+_BY_ID: Final = _SELECT.where(apps.c.id == sa.bindparam("wanted"))
+_WITH_SECRETS: Final = _BY_ID.add_columns(apps.c.secrets)
+_BREAKER: Final = sa.select(apps.c.open_until, apps.c.open_reason).where(
+    apps.c.id == sa.bindparam("wanted"), apps.c.open_until > db_now()
+)
 
 
 def _pause(failures: int, trouble: AppTrouble) -> float:

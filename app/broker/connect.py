@@ -252,9 +252,14 @@ class Connect:
         # A connection that is removed while its account is connected again comes back under its own name.
         name = wanted.name if wanted is not None else trip.name
         connection, again = self.install(
-            app, account, granted, name=name, grant_type="authorization_code", tokens=Tokens()
+            app,
+            account,
+            granted,
+            name=name,
+            grant_type="authorization_code",
+            tokens=Tokens(),
+            actor=trip.started_by,
         )
-        self._record(trip.started_by, connection, again=again)
         return Connected(
             connection=connection,
             app=self._apps.row(app.id),
@@ -321,8 +326,9 @@ class Connect:
         name: str | None,
         grant_type: GrantType,
         tokens: Tokens,
+        actor: str,
     ) -> tuple[Connection, bool]:
-        """Store a fresh grant; the connection and whether it existed before.
+        """Store a fresh grant and put on record who brought it; the connection and whether it existed before.
 
         No lease is needed: the new generation makes every refresh that is under way come too late.
         """
@@ -333,9 +339,11 @@ class Connect:
             after = self._fresh(
                 provider, app, account, granted, existing=existing, name=name, grant_type=grant_type
             )
-            if self._stored(after, existing, kept):
+            if self._stored(after, existing, kept, actor=actor):
+                again = existing is not None
+                log(Event.CONNECTION_CONNECTED, connection=after.name, provider=after.provider, again=again)
                 self._learn_life(provider, app, after, granted)
-                return self._store.get(after.id) or after, existing is not None
+                return self._store.get(after.id) or after, again
         raise Conflict("The connection is being changed by somebody else; try again.")
 
     def _fresh(
@@ -398,26 +406,33 @@ class Connect:
         )
         return replace(after, refresh_at=next_look(after, now=now, rhythm=rhythm))
 
-    def _stored(self, after: Connection, existing: Connection | None, tokens: Tokens) -> bool:
+    def _stored(self, after: Connection, existing: Connection | None, tokens: Tokens, *, actor: str) -> bool:
         sealed = self._store.seal(tokens, after.id, generation=after.generation)
         journaled = self._refresher.journal_answer(f"install-{new_id()}", after, sealed)
         try:
-            stored = self._commit(after, existing, sealed)
+            stored = self._commit(after, existing, sealed, actor=actor)
         except IntegrityError:
             stored = False  # name or identity was taken a moment ago; the next round sees by whom
-        # Not reached when the database is away: then the journal brings it in later, or gives the grant back.
+        except DrawbridgeError:
+            if journaled is not None:
+                self._refresher.journal_left(journaled)
+            raise
         if journaled is not None:
             self._refresher.journal_done(journaled)
         return stored
 
-    def _commit(self, after: Connection, existing: Connection | None, sealed: Sealed) -> bool:
+    def _commit(self, after: Connection, existing: Connection | None, sealed: Sealed, *, actor: str) -> bool:
         with self._database.write() as transaction:
             if existing is None:
                 self._store.insert(transaction, after, sealed)
-                return True
-            if not self._store.reinstall(transaction, after, sealed):
+            elif self._store.reinstall(transaction, after, sealed):
+                tell_recovered(transaction, existing, now=self._clock.now())
+            else:
                 return False
-            tell_recovered(transaction, existing, now=self._clock.now())
+            # Before the commit: nothing is handed out of which it is not on record who connected it.
+            detail: dict[str, str | bool] = {"provider": after.provider, "account": after.account_id}
+            detail["again"] = existing is not None
+            self._trail.record(Entry(actor, Event.CONNECTION_CONNECTED, after.name, detail=detail))
             return True
 
     def _learn_life(self, provider: Provider, app: App, after: Connection, granted: Granted) -> None:
@@ -465,19 +480,9 @@ class Connect:
             raise Conflict(f"This account is already connected as {taken.name!r}.")
         tokens = Tokens(subject=subject, private_key=private_key)
         connection, _ = self.install(
-            opened, account, granted, name=name, grant_type=grant_type, tokens=tokens
+            opened, account, granted, name=name, grant_type=grant_type, tokens=tokens, actor=actor
         )
-        self._record(actor, connection, again=False)
         return connection
-
-    def _record(self, actor: str, connection: Connection, *, again: bool) -> None:
-        detail: dict[str, str | bool] = {
-            "provider": connection.provider,
-            "account": connection.account_id,
-            "again": again,
-        }
-        self._trail.record(Entry(actor, Event.CONNECTION_CONNECTED, connection.name, detail=detail))
-        log(Event.CONNECTION_CONNECTED, connection=connection.name, provider=connection.provider, again=again)
 
     # Undo
 

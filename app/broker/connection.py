@@ -16,7 +16,7 @@ Two columns, two writers. An admin moves `admin_state`; the outcome of a refresh
         │ …          ▼                                    ▼                                │
         ├──► retrying ◄──► doubtful                   uncertain ── waits until the access token is dead,
         │                     │                           │        then presents the refresh token once more
-        │                     │ refused again, a lease    │ refused
+        │                     │ refused again, a lease     │ refused, and not with a crowd
         │                     │ apart, and not with a crowd│ (`lost_answer`)
         │                     ▼                           ▼
         │                  needs_reconnect ◄──────────────┘ ───────────────────────────────┘
@@ -37,6 +37,7 @@ from app.oauth2.outcomes import Granted, Misconfigured, NotSent, Outcome, Refuse
 from app.secret import Secret
 
 __all__ = [
+    "LOST_ANSWER",
     "AdminState",
     "AppTrouble",
     "Connection",
@@ -63,6 +64,8 @@ _CROWD_PATIENCE: Final = timedelta(hours=1)
 _KEEP_ALIVE: Final = timedelta(days=20)
 # Found out by ourselves, so nothing is gained by asking twice.
 _CERTAIN: Final = frozenset({"no_refresh_token", "account_changed"})
+# Why a connection is lost whose newest refresh token was in an answer that never came.
+LOST_ANSWER: Final = "lost_answer"
 _ASKED_LATELY: Final = timedelta(hours=24)
 
 
@@ -360,30 +363,31 @@ def _unknown(connection: Connection, code: str, *, now: datetime, rhythm: Rhythm
 
 
 def _refused(connection: Connection, code: str, *, now: datetime, rhythm: Rhythm, crowd: Crowd) -> Settled:
-    if connection.last_try:
-        return Settled(connection=_lost(connection, "lost_answer", now=now), lost=True)
     if code in _CERTAIN:
         return Settled(connection=_lost(connection, f"refused:{code}", now=now), lost=True)
     again = timedelta(seconds=rhythm.lease)
     seen = connection.refused_generation == connection.generation and connection.refused_at is not None
     first = connection.refused_at if seen else now
+    # Never refused before an answer was lost: that answer held the newer token. Refused before it: the grant was dead.
+    lost_answer = connection.refused_code == LOST_ANSWER if seen else connection.last_try
+    error = LOST_ANSWER if lost_answer else f"refused:{code}"
     doubtful = replace(
         connection,
         health=Health.DOUBTFUL,
         refused_generation=connection.generation,
         refused_at=first,
-        refused_code=code,
+        refused_code=LOST_ANSWER if lost_answer else code,
         failures=connection.failures + 1,
         retry_at=now + again,
         refresh_at=now + again,
         last_error=f"refused:{code}",
         last_error_at=now,
     )
-    if not seen or first is None or now - first < again:
+    if not lost_answer and (not seen or first is None or now - first < again):
         return Settled(connection=doubtful)
     if crowd.holds(now):
         return Settled(connection=doubtful, trouble=AppTrouble.CROWD)
-    return Settled(connection=_lost(doubtful, f"refused:{code}", now=now), lost=True)
+    return Settled(connection=_lost(doubtful, error, now=now), lost=True)
 
 
 def _lost(connection: Connection, error: str, *, now: datetime) -> Connection:

@@ -161,7 +161,7 @@ CONDITIONS: Final[Mapping[Condition, tuple[Fault, Remedy]]] = MappingProxyType(
         Condition.REVOKE_GAVE_UP: (
             Fault.OUTAGE,
             Remedy(
-                "A disconnected account's grant could not be given back within a day; its tokens are destroyed here.",
+                "A disconnected account's grant could not be given back; its tokens are destroyed here.",
                 "{admin}",
                 "Remove the app by hand in the account at {title}.",
             ),
@@ -299,7 +299,8 @@ def diagnose_finding(
     vendor: Provider, kind: FindingKind | None, error: str, *, now: datetime, house: HouseFacts | None = None
 ) -> Diagnosis:
     """What a finding means by its kind and the error it was opened for, without looking at any connection."""
-    facts = Facts(connection=_NOBODY, vendor=vendor, now=now, house=house or HouseFacts())
+    app = AppFacts(finding=kind)
+    facts = Facts(connection=_NOBODY, vendor=vendor, now=now, app=app, house=house or HouseFacts())
     if kind is FindingKind.REVOKE_GAVE_UP:
         return _certain(facts, Condition.REVOKE_GAVE_UP)
     return _by_reasons(facts, _reasons_of_app(vendor, kind, error), error)
@@ -523,6 +524,10 @@ def _together(facts: Facts) -> tuple[int, tuple[str, ...]]:
 
 def _of_many(facts: Facts) -> tuple[int, tuple[str, ...]]:
     app = facts.app
+    if facts.connection is _NOBODY and app.finding is FindingKind.MASS_FAILURE:
+        return 2, (
+            "So many of the app's connections fail in the same way that it is hardly the fault of each.",
+        )
     if not app.crowded:
         return _RULED_OUT, ()
     return 2, (f"{app.alike} of the app's {app.total} connections fail in the same way.",)
@@ -578,6 +583,7 @@ _RULES: Final[Mapping[Reason, Callable[[Facts], tuple[int, tuple[str, ...]]]]] =
         Cause.APP_TOKENS_REVOKED: _all_revoked,
         Cause.EGRESS_CHANGED: _of_many,
         Cause.CLIENT_SWAPPED: _of_many,
+        Cause.UNRECOGNISED_ALIKE: _of_many,
         Cause.NETWORK_BLOCKED: _blocked,
         Cause.PROVIDER_UNREACHABLE: _unreachable,
         Cause.CLOCK_WRONG: _clock,

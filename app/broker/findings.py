@@ -13,10 +13,20 @@ from sqlalchemy.exc import IntegrityError
 
 from app.broker.store import new_id
 from app.db.engine import Database
-from app.db.schema import findings
+from app.db.schema import attempts, findings
 from app.telemetry import Event, log
 
-__all__ = ["Finding", "FindingKind", "close", "hold_of", "lapse", "of_app", "open_findings", "report"]
+__all__ = [
+    "Finding",
+    "FindingKind",
+    "close",
+    "end_if_granted",
+    "hold_of",
+    "lapse",
+    "of_app",
+    "open_findings",
+    "report",
+]
 
 
 class FindingKind(StrEnum):
@@ -47,6 +57,8 @@ class Finding:
 
 
 _COLUMNS: Final = tuple(Finding.__dataclass_fields__)
+# Attempts the provider answered with a token, whether or not there was still a row to store it in.
+_GRANTED: Final = ("granted", "superseded")
 
 
 def report(
@@ -94,10 +106,26 @@ def close(
     now: datetime,
     app_id: str | None = None,
     connection_id: str | None = None,
+    unseen_since: datetime | None = None,
 ) -> Finding | None:
-    """Close the finding if it is open; the finding when it was."""
-    open_one = findings.c.open_key == _key(kind, app_id, connection_id)
-    return _closed(transaction, open_one, closed_at=now, seen_at=now)
+    """Close the finding if it is open, and where `unseen_since` is given was not seen after it; the finding when it was."""
+    which = findings.c.open_key == _key(kind, app_id, connection_id)
+    if unseen_since is not None:
+        which &= findings.c.seen_at <= unseen_since
+    return _closed(transaction, which, closed_at=now, seen_at=now)
+
+
+def end_if_granted(
+    transaction: Transaction, kind: FindingKind, *, app_id: str, unseen_since: datetime, now: datetime
+) -> Finding | None:
+    """Close an app's finding that was not seen after `unseen_since`, if the app was granted a token since it was seen."""
+    granted = sa.exists().where(
+        attempts.c.app_id == app_id,
+        attempts.c.finished_at > findings.c.seen_at,
+        attempts.c.outcome.in_(_GRANTED),
+    )
+    quiet = (findings.c.open_key == _key(kind, app_id, None)) & (findings.c.seen_at <= unseen_since)
+    return _closed(transaction, quiet & granted, closed_at=now, seen_at=now)
 
 
 def lapse(

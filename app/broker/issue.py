@@ -31,7 +31,16 @@ from app.broker.refresh import EndingKind, Refresher, trouble_of
 from app.broker.store import Store
 from app.clock import Clock
 from app.db.epoch import Epochs
-from app.errors import DatabaseUnavailable, InvalidRequest, NotFound, Overloaded, RefreshInProgress
+from app.errors import (
+    ConnectionDisabled,
+    DatabaseUnavailable,
+    DrawbridgeError,
+    InvalidRequest,
+    NeedsReconnect,
+    NotFound,
+    Overloaded,
+    RefreshInProgress,
+)
 from app.secret import Secret
 from app.telemetry import Event, metrics
 
@@ -108,6 +117,7 @@ class Issuer:
         self._known: dict[str, HandOut] = {}
         self._names: dict[str, str] = {}
         self._seen_epoch = -1
+        self._seen_removed = -1
         # Token, way and seconds it took; appended to by many threads, emptied by one.
         self._handed: deque[tuple[HandOut, str, float]] = deque()
         self._used: set[str] = set()
@@ -142,7 +152,11 @@ class Issuer:
                 continue
             if deadline is None:
                 deadline = self._clock.elapsed() + _bounded(max_wait)
-            self._wait_for_another(caller, token, deadline=deadline, forced=refused)
+            try:
+                self._wait_for_another(token, deadline=deadline, forced=refused)
+            except (ConnectionDisabled, NeedsReconnect) as decided:
+                self._deny(caller, token, decided)
+                raise
 
     def ready(self, caller: Caller, name: str, *, min_ttl: float | None = None) -> Ready | None:
         """The hand-out if everything it needs is known in this process; None when `issue` has to find out, wait or refuse.
@@ -184,7 +198,7 @@ class Issuer:
         `DatabaseUnavailable`.
         """
         if epochs.connections != self._seen_epoch:
-            self._drop_changed(epochs.connections)
+            self._drop_changed(epochs)
 
     def waiting(self) -> int:
         """How many threads may still begin to wait."""
@@ -226,31 +240,33 @@ class Issuer:
     # What this process knows
 
     def _current(self, name: str) -> HandOut:
-        epoch = self._epochs.look().connections
-        if epoch != self._seen_epoch:
-            self._drop_changed(epoch)
+        epochs = self._epochs.look()
+        if epochs.connections != self._seen_epoch:
+            self._drop_changed(epochs)
         return self._known.get(name) or self._load(name)
 
-    def _drop_changed(self, epoch: int) -> None:
+    def _drop_changed(self, epochs: Epochs) -> None:
         if not self._lock.acquire(timeout=_PATIENCE):
             # Something changed and the database is slow to say what: it may be what was taken away (P6).
             raise DatabaseUnavailable("The database is slow to say what has changed.")
         try:
-            if epoch <= self._seen_epoch:
+            if epochs.connections == self._seen_epoch:
                 return
-            if self._seen_epoch >= 0 and self._known:
-                for identifier in self._outdated(self._seen_epoch, epoch):
+            if epochs.connections < self._seen_epoch:
+                # The database went back, and counts anew what was counted before: nothing known can be told from it.
+                self._known.clear()
+                self._names.clear()
+            elif self._seen_epoch >= 0 and self._known:
+                for identifier in self._outdated(epochs):
                     self._known.pop(self._names.pop(identifier, ""), None)
-            self._seen_epoch = epoch
+            self._seen_epoch, self._seen_removed = epochs.connections, epochs.removed
         finally:
             self._lock.release()
 
-    def _outdated(self, since: int, epoch: int) -> set[str]:
-        """The ids of known connections that were changed or deleted between the two epochs."""
-        changed = self._store.changes_since(since)
-        outdated = set(changed)
-        if sum(at <= epoch for at in changed.values()) < epoch - since:
-            # A change that no row shows: one was changed twice, or deleted.
+    def _outdated(self, epochs: Epochs) -> set[str]:
+        """The ids of known connections that were changed or removed since the last look."""
+        outdated = set(self._store.changes_since(self._seen_epoch))
+        if epochs.removed != self._seen_removed:  # no row is left to show it
             known = list(self._names)
             outdated |= set(known) - self._store.surviving(known)
         return outdated
@@ -270,7 +286,7 @@ class Issuer:
 
     # Waiting
 
-    def _wait_for_another(self, caller: Caller, token: HandOut, *, deadline: float, forced: bool) -> None:
+    def _wait_for_another(self, token: HandOut, *, deadline: float, forced: bool) -> None:
         """Return when the connection may have another token than this; raises what the caller must be told otherwise."""
         with self._place_to_wait():
             if forced and not self._store.claim_forced(token.connection_id, every=FORCED_EVERY):
@@ -284,7 +300,6 @@ class Issuer:
                 if connection is None or connection.generation != token.generation:
                     return self._forget(token)
                 if not _enabled(connection):
-                    self._deny(caller, token, trouble_of(connection, self._clock.now()).code)
                     raise trouble_of(connection, self._clock.now())
                 if not token.enabled:
                     return self._forget(token)  # switched on again a moment ago; its token may well live
@@ -348,8 +363,9 @@ class Issuer:
             metrics.waiters.dec()
             self._room.release()
 
-    def _deny(self, caller: Caller, token: HandOut, code: str) -> None:
-        self._access.record(caller.actor, Event.TOKEN_REFUSED, target=token.connection, outcome=code)
+    def _deny(self, caller: Caller, token: HandOut, decided: DrawbridgeError) -> None:
+        """Record what was decided about this connection; a provider that is away decides nothing."""
+        self._access.refuse(caller, token.connection, code=decided.code)
 
 
 def _entry(caller: Caller, token: HandOut) -> Entry:

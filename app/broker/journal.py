@@ -32,6 +32,9 @@ from app.telemetry import Event, log, metrics
 __all__ = ["FACT_NAMES", "FACT_STAMPS", "Entry", "Journal"]
 
 _SUFFIX: Final = ".journal"
+_UNNAMED: Final = (
+    ".unnamed"  # for the moment between making and locking it; empty, so one left behind is nobody's loss
+)
 # What `Entry.facts` holds: columns in microseconds since 1970, plain columns, and what is needed when the row is gone.
 FACT_STAMPS: Final = ("obtained_at", "expires_at", "refresh_at", "last_refresh_at")
 FACT_NAMES: Final = ("life_seconds", "life_known", "rotation", "scopes_granted", "instance_url")
@@ -65,21 +68,10 @@ class Journal:
 
     def append(self, entry: Entry) -> None:
         """Write the entry through to the disk. Raises `Overloaded` when the disk refuses; then nothing was promised."""
-        line = _line(
-            {
-                "kind": "answer",
-                "attempt": entry.attempt,
-                "connection": entry.connection,
-                "generation": entry.generation,
-                "sealed": base64.b64encode(entry.sealed.blob).decode(),
-                "kek": entry.sealed.kek_id,
-                "facts": entry.facts,
-            }
-        )
         with self._lock:
             try:
                 descriptor = self._open()
-                _append(descriptor, line)
+                _append(descriptor, _answer(entry))
             except OSError as fault:
                 metrics.journal_entries.labels("refused").inc()
                 raise Overloaded(f"The journal cannot be written: {fault.strerror}.") from None
@@ -93,17 +85,40 @@ class Journal:
         costs nothing: the replay is fenced on the generation.
         """
         with self._lock:
-            self._pending.discard(attempt)
-            if self._descriptor is None:
+            self._forget(attempt)
+
+    def _forget(self, attempt: str) -> None:
+        self._pending.discard(attempt)
+        if self._descriptor is None:
+            return
+        try:
+            if self._pending:
+                _append(self._descriptor, _line({"kind": "done", "attempt": attempt}), durable=False)
+            else:
+                os.ftruncate(self._descriptor, 0)
+        except OSError as fault:
+            # The answer is committed all the same; the mark only spares a replay that finds nothing to do.
+            log(Event.JOURNAL_FAILED, attempt=attempt, code=f"done_{fault.errno}")
+
+    def leave(self, attempt: str) -> None:
+        """Move the entry to a file of its own that no process holds, for whoever adopts such files next.
+
+        When the disk refuses, it stays in this file until the process ends, and is adopted then.
+        """
+        with self._lock:
+            entry = next((one for one in _entries(self._path) if one.attempt == attempt), None)
+            if entry is None or self._descriptor is None:
                 return
+            path = self._path.with_name(f"{self._path.stem}-{attempt}{_SUFFIX}")
             try:
-                if self._pending:
-                    _append(self._descriptor, _line({"kind": "done", "attempt": attempt}), durable=False)
-                else:
-                    os.ftruncate(self._descriptor, 0)
+                descriptor = _create(path)
+                try:
+                    _append(descriptor, _answer(entry))
+                finally:
+                    os.close(descriptor)
+                self._forget(attempt)
             except OSError as fault:
-                # The answer is committed all the same; the mark only spares a replay that finds nothing to do.
-                log(Event.JOURNAL_FAILED, attempt=attempt, code=f"done_{fault.errno}")
+                log(Event.JOURNAL_FAILED, attempt=attempt, code=f"leave_{fault.errno}")
 
     def pending_keks(self) -> set[str]:
         """The KEKs named by entries of this host that are still to be committed, in any process's file."""
@@ -138,20 +153,44 @@ class Journal:
     def _open(self) -> int:
         if self._descriptor is None:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            descriptor = os.open(self._path, flags, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The name must survive a crash as well as the content.
-            directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-            self._descriptor = descriptor
+            self._descriptor = _create(self._path)
         return self._descriptor
 
     def _files(self) -> list[Path]:
         return sorted(self._directory.glob(f"*{_SUFFIX}")) if self._directory.is_dir() else []
+
+
+def _create(path: Path) -> int:
+    """A new file, held by us before it has a name by which anybody could adopt and remove it."""
+    unnamed = path.with_suffix(_UNNAMED)
+    descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(unnamed, path)  # noqa: PTH104 - the simulation stands in for `os`
+        # The name must survive a crash as well as the content.
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _answer(entry: Entry) -> bytes:
+    return _line(
+        {
+            "kind": "answer",
+            "attempt": entry.attempt,
+            "connection": entry.connection,
+            "generation": entry.generation,
+            "sealed": base64.b64encode(entry.sealed.blob).decode(),
+            "kek": entry.sealed.kek_id,
+            "facts": entry.facts,
+        }
+    )
 
 
 class _held:  # noqa: N801 - reads as the condition it is

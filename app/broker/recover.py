@@ -67,10 +67,12 @@ class Recovery:
                     finished_at=now,
                 )
             )
+            account = entry.facts.get("identity")
+            kept = account is not None and self._store.stands(transaction, entry.facts["app_id"], account)
         gone = standing is None
         metrics.journal_entries.labels("replayed" if saved else "superseded").inc()
         log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=gone)
-        if gone:
+        if gone and not kept:
             self._give_back(entry)
 
     def _give_back(self, entry: Entry) -> None:

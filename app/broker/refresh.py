@@ -27,6 +27,7 @@ from app.broker import alarms, findings, notices
 from app.broker.adoption import Adoption
 from app.broker.apps import PATIENCE, Apps
 from app.broker.connection import (
+    LOST_ANSWER,
     AppTrouble,
     Connection,
     Crowd,
@@ -46,6 +47,7 @@ from app.broker.store import Lease, Store, new_id
 from app.clock import Clock
 from app.crypto.envelope import Sealed
 from app.db.engine import Database
+from app.db.epoch import read_counter
 from app.db.schema import attempts, connections
 from app.errors import (
     ConnectionDisabled,
@@ -73,6 +75,10 @@ _PERSIST_FOR: Final = (
     30.0  # seconds to keep trying to commit an outcome before the journal or the lease must carry it
 )
 _CONNECT_SECONDS: Final = 5.0
+_BEGIN: Final = sa.insert(attempts)
+_FINISH: Final = sa.update(attempts).where(
+    attempts.c.id == sa.bindparam("attempt"), attempts.c.finished_at.is_(None)
+)
 
 
 class EndingKind(Enum):
@@ -227,6 +233,10 @@ class Refresher:
             return None
         return attempt
 
+    def journal_left(self, attempt: str) -> None:
+        """The answer could not be committed and this process does not try again: recovery brings it in, or gives it back."""
+        self._journal.leave(attempt)
+
     def journal_done(self, attempt: str) -> None:
         """The answer is committed, or of no use."""
         self._journal.done(attempt)
@@ -328,29 +338,56 @@ class Refresher:
         ends = self._clock.elapsed() + self._lease_seconds
         # An attempt left open on a token that may rotate was possibly carried out: this one is then the last.
         last_try = seen.open_attempt is not None and seen.may_rotate
-        with self._database.write() as transaction:
-            taken = self._store.take_lease(
-                transaction, seen, attempt=attempt, seconds=self._lease_seconds, last_try=last_try
-            )
-            if not taken:
-                return None
-            now = self._clock.now()
-            if seen.open_attempt is not None:
-                _finish(transaction, seen.open_attempt, outcome="unknown", code="holder_died", now=now)
-            transaction.execute(
-                sa.insert(attempts).values(
-                    id=attempt,
-                    connection_id=seen.id,
-                    app_id=seen.app_id,
-                    generation=seen.generation,
-                    host=self._process.host,
-                    process_id=self._process.id,
-                    journal=self._journal.name,
-                    started_at=now,
+        try:
+            with self._database.write() as transaction:
+                taken = self._store.take_lease(
+                    transaction, seen, attempt=attempt, seconds=self._lease_seconds, last_try=last_try
                 )
-            )
-            connection, tokens = self._store.read_leased(transaction, seen.id)
+                if not taken:
+                    return None
+                self._adoption.require_not_behind(read_counter(transaction, "connections"))
+                now = self._clock.now()
+                if seen.open_attempt is not None:
+                    _finish(transaction, seen.open_attempt, outcome="unknown", code="holder_died", now=now)
+                self._begin(transaction, seen, attempt, now=now)
+                connection, tokens = self._store.read_leased(transaction, seen.id)
+        except DatabaseUnavailable:
+            self._give_lease_back(seen, attempt)
+            raise
         return Lease(connection=connection, tokens=tokens, attempt=attempt, ends=ends)
+
+    def _begin(self, transaction: Transaction, seen: Connection, attempt: str, *, now: datetime) -> None:
+        values = {
+            "id": attempt,
+            "connection_id": seen.id,
+            "app_id": seen.app_id,
+            "generation": seen.generation,
+            "host": self._process.host,
+            "process_id": self._process.id,
+            "journal": self._journal.name,
+            "started_at": now,
+        }
+        transaction.execute(_BEGIN, values)
+
+    def _give_lease_back(self, seen: Connection, attempt: str) -> None:
+        """The lease may be ours without our having been told, and we do not use it: let go of it once the database answers.
+
+        Nothing was sent. Left alone the open attempt would be taken for one that may have been carried out.
+        """
+
+        def once() -> bool:
+            try:
+                with self._database.write() as transaction:
+                    self._store.give_lease_back(transaction, seen, attempt=attempt)
+                    _finish(
+                        transaction, attempt, outcome="not_sent", code="lease_unclear", now=self._clock.now()
+                    )
+            except DatabaseUnavailable:
+                return False
+            return True
+
+        with self._lock:
+            self._unsaved.append(once)
 
     def _present(self, lease: Lease, app: App, provider: Provider) -> Outcome:
         sent = False
@@ -442,12 +479,15 @@ class Refresher:
         anew = granted.refresh_token is not None and granted.refresh_token != lease.tokens.refresh_token
         journaled = anew and self.journal_answer(lease.attempt, after, sealed) is not None
         fate: list[_Fate] = []
+        counted: list[int] = []
 
         def save(transaction: Transaction) -> None:
             fate[:] = [self._save_grant(transaction, lease, settled, sealed)]
+            counted[:] = [read_counter(transaction, "connections")]
 
         def finish() -> None:
             overrun = self._clock.elapsed() - lease.ends
+            self._adoption.saw(counted[0])
             if journaled:
                 self._journal.done(lease.attempt)
             if fate[0] is _Fate.SAVED and overrun > 0:
@@ -485,7 +525,9 @@ class Refresher:
         self._end_alarms(transaction, lease.connection, now=now)
         if not saved:
             gone = self._store.get_within(transaction, after.id) is None
-            return _Fate.GONE if gone else _Fate.MOVED
+            # Another row may stand for the same account by now, with this very grant: then it is not ours to revoke.
+            given_up = gone and not self._store.stands(transaction, after.app_id, after.identity)
+            return _Fate.GONE if given_up else _Fate.MOVED
         if self._clock.elapsed() > lease.ends:
             # Another process may have tried meanwhile and taken the connection for lost.
             tell_recovered(transaction, after, now=now)
@@ -586,7 +628,8 @@ class Refresher:
             return Crowd()
         refused = sa.and_(
             connections.c.id != connection.id,
-            connections.c.health == Health.DOUBTFUL.value,
+            # One whose answer was lost is marked at its first refusal; of many together it counts like the others.
+            sa.or_(connections.c.health == Health.DOUBTFUL.value, connections.c.last_error == LOST_ANSWER),
             connections.c.last_error_at >= now - _CROWD_WINDOW,
         )
         count, total = _counted(transaction, connection.app_id, refused)
@@ -710,11 +753,8 @@ def tell_recovered(transaction: Transaction, connection: Connection, *, now: dat
 
 
 def _finish(transaction: Transaction, attempt: str, *, outcome: str, code: str | None, now: datetime) -> None:
-    transaction.execute(
-        sa.update(attempts)
-        .where(attempts.c.id == attempt, attempts.c.finished_at.is_(None))
-        .values(outcome=outcome, code=code, finished_at=now)
-    )
+    ending = {"attempt": attempt, "outcome": outcome, "code": code, "finished_at": now}
+    transaction.execute(_FINISH, ending)
 
 
 def _facts(after: Connection) -> dict[str, object]:
@@ -725,4 +765,4 @@ def _facts(after: Connection) -> dict[str, object]:
     for name in FACT_STAMPS:
         instant = getattr(after, name)
         facts[name] = None if instant is None else int(instant.timestamp() * 1_000_000)
-    return facts | {"provider": after.provider, "app_id": after.app_id}
+    return facts | {"provider": after.provider, "app_id": after.app_id, "identity": after.identity}

@@ -3,11 +3,14 @@
 The database says which KEK is active. `rotate` makes another one active and re-wraps every record's data key under it, row
 by row, each write fenced on generation and old KEK, so a refresh that comes in between simply wins. It can be stopped and
 begun again: what is left is what still names another KEK. `retire` gives a KEK up, and refuses while anything names it.
+
+A record that does not open cannot be re-wrapped. It holds up none of the others: it is named at the end and goes on naming
+its KEK, which therefore stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -24,7 +27,7 @@ from app.crypto.keyring import Keyring
 from app.db.engine import Database
 from app.db.epoch import bump
 from app.db.schema import apps, connections, handshakes, installation, keks, signing_keys
-from app.errors import Conflict, InvalidRequest, KeyringFault
+from app.errors import Conflict, InvalidRequest, KeyringFault, Unopenable
 from app.telemetry import Event, log
 
 __all__ = ["KekRow", "Keys", "Progress"]
@@ -50,10 +53,14 @@ class KekRow:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a rotation is."""
+    """How far a rotation is; `unopenable` names the records that stay under the key they are under ("connection acme").
+
+    They are told with the last step only.
+    """
 
     done: int
     total: int
+    unopenable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +72,52 @@ class _Holder:
     key: str
     fence: str | None  # the column that moves whenever the record is sealed anew
     place: Callable[[Any], Place]
+    title: sa.ColumnElement[str]  # what people call a record
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some rows in the order of their keys: how many there were, how many were re-wrapped, and which do not open."""
+
+    rows: int
+    moved: int
+    unopenable: tuple[str, ...]
 
 
 _HOLDERS: Final = (
-    _Holder(connections, "sealed", "id", "generation", lambda row: place_of(row.key, row.fence)),
-    _Holder(apps, "secrets", "id", "version", lambda row: Place("apps", "secrets", row.key, row.fence)),
-    _Holder(signing_keys, "sealed", "kid", None, lambda row: Place("signing_keys", "sealed", row.key, 0)),
+    _Holder(
+        connections,
+        "sealed",
+        "id",
+        "generation",
+        lambda row: place_of(row.key, row.fence),
+        sa.literal("connection ") + connections.c.name,
+    ),
+    _Holder(
+        apps,
+        "secrets",
+        "id",
+        "version",
+        lambda row: Place("apps", "secrets", row.key, row.fence),
+        sa.literal("app ") + apps.c.provider + "/" + apps.c.name,
+    ),
+    _Holder(
+        signing_keys,
+        "sealed",
+        "kid",
+        None,
+        lambda row: Place("signing_keys", "sealed", row.key, 0),
+        sa.literal("signing key ") + signing_keys.c.kid,
+    ),
     _Holder(
         handshakes,
         "sealed_verifier",
         "state_hash",
         None,
         lambda row: Place("handshakes", "sealed_verifier", row.key, 0),
+        sa.literal("a connecting under way at ") + handshakes.c.provider,
     ),
-    _Holder(installation, "audit_key", "one", None, lambda _: audit_key_place()),
+    _Holder(installation, "audit_key", "one", None, lambda _: audit_key_place(), sa.literal("the audit key")),
 )
 
 
@@ -135,7 +174,8 @@ class Keys:
     def rotate(self, to: str | None = None, *, actor: str = "admin:cli") -> Iterator[Progress]:
         """Make `to` (default: the newest that is not active) the active KEK and re-wrap everything under it.
 
-        Yields progress. Raises `InvalidRequest` when there is no such KEK and `Conflict` when a living process lacks it.
+        Yields progress, at last with the records that do not open: they stay as they are. Raises `InvalidRequest` when
+        there is no such KEK and `Conflict` when a living process lacks it.
         """
         target = self._target(to)
         self._refuse_unless_held_by_all(target)
@@ -159,7 +199,8 @@ class Keys:
             raise Conflict(f"{kek_id!r} is the active key; rotate to another one first.")
         if rows[kek_id].records:
             raise Conflict(
-                f"{rows[kek_id].records} record(s) are sealed under {kek_id!r}; run: drawbridge keys rotate."
+                f"{rows[kek_id].records} record(s) are sealed under {kek_id!r}; run: drawbridge keys rotate, "
+                "which names those that do not open."
             )
         if kek_id in self._journal.pending_keks():
             raise Conflict(
@@ -208,40 +249,65 @@ class Keys:
 
     def _rewrap_all(self, target: str) -> Iterator[Progress]:
         total = sum(self._left(holder, target) for holder in _HOLDERS)
-        done = 0
+        done, unopenable = 0, tuple[str, ...]()
         yield Progress(0, total)
         for holder in _HOLDERS:
-            while moved := self._rewrap_batch(holder, target):
-                done += moved
-                yield Progress(min(done, total), total)
-        log(Event.RESEALED, kek=target, rows=done)
+            rows, stuck = 1, tuple[str, ...]()
+            while rows > len(stuck):  # until a pass finds none but those that do not open
+                rows, stuck = 0, ()
+                for batch in self._pass(holder, target):
+                    rows, stuck = rows + batch.rows, stuck + batch.unopenable
+                    done += batch.moved
+                    yield Progress(min(done, total), total)
+            unopenable += stuck
+        log(Event.RESEALED, kek=target, rows=done, left=len(unopenable))
+        if unopenable:
+            yield Progress(min(done, total), total, unopenable)
 
-    def _rewrap_batch(self, holder: _Holder, target: str) -> int:
-        """Re-wrap some rows; how many were looked at. A row whose fence moved is looked at again in the next batch."""
-        table, sealed = holder.table, holder.table.c[holder.column]
-        fence = table.c[holder.fence] if holder.fence else sa.literal(0)
-        query = (
-            sa.select(
-                table.c[holder.key].label("key"), fence.label("fence"), sealed.label("sealed"), table.c.kek_id
-            )
-            .where(sealed.is_not(None), table.c.kek_id != target)
-            .limit(_BATCH)
-        )
+    def _pass(self, holder: _Holder, target: str) -> Iterator[_Batch]:
+        """Re-wrap what is not under the target yet, a batch at a time in the order of the keys.
+
+        A row whose fence moved meanwhile, or that was sealed under an old key behind us, is for the next pass.
+        """
+        key = holder.table.c[holder.key]
+        query = self._waiting(holder, target).order_by(key).limit(_BATCH)
         with self._database.read() as transaction:
             rows = transaction.execute(query).all()
-        if not rows:
-            return 0
-        to = self._keyring.get(target)
-        fresh = [(row, rewrap(row.sealed, holder.place(row), self._keyring, to=to)) for row in rows]
+        while rows:
+            yield self._rewrap(holder, target, rows)
+            with self._database.read() as transaction:
+                rows = transaction.execute(query.where(key > rows[-1].key)).all()
+
+    def _waiting(self, holder: _Holder, target: str) -> sa.Select[Any]:
+        table, sealed = holder.table, holder.table.c[holder.column]
+        fence = table.c[holder.fence] if holder.fence else sa.literal(0)
+        return sa.select(
+            table.c[holder.key].label("key"),
+            fence.label("fence"),
+            sealed.label("sealed"),
+            table.c.kek_id,
+            holder.title.label("title"),
+        ).where(sealed.is_not(None), table.c.kek_id != target)
+
+    def _rewrap(self, holder: _Holder, target: str, rows: Sequence[Any]) -> _Batch:
+        table, to = holder.table, self._keyring.get(target)
+        fresh: list[tuple[Any, bytes]] = []
+        unopenable: list[str] = []
+        for row in rows:
+            try:
+                fresh.append((row, rewrap(row.sealed, holder.place(row), self._keyring, to=to)))
+            except Unopenable:
+                unopenable.append(row.title)
+        moved = 0
         with self._database.write() as transaction:
             for row, blob in fresh:
                 same = (table.c[holder.key] == row.key) & (table.c.kek_id == row.kek_id)
                 if holder.fence:
                     same &= table.c[holder.fence] == row.fence
-                transaction.execute(
+                moved += transaction.execute(
                     sa.update(table).where(same).values({holder.column: blob, "kek_id": target})
-                )
-        return len(rows)
+                ).rowcount
+        return _Batch(len(rows), moved, tuple(unopenable))
 
     def _left(self, holder: _Holder, target: str) -> int:
         query = (

@@ -4,6 +4,8 @@
 for 24 hours, and deletes the row with its wrapped data key. A refresh that is under way meanwhile may still store a newer
 token in the marked row, so revoking waits until no lease is held and no attempt is open; and a connection that was installed
 anew meanwhile is left alone, because its generation moved.
+
+A row never goes silently while its grant may live on: unless the provider took the grant back, a finding says so.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from app.broker.refresh import Refresher
 from app.broker.store import Store, check_name
 from app.clock import Clock
 from app.db.engine import Database
-from app.errors import Conflict, ConnectionDisabled, DrawbridgeError, InvalidRequest, NotFound
+from app.errors import Conflict, ConnectionDisabled, DrawbridgeError, InvalidRequest, Unopenable
 from app.oauth2.provider import Grant, RevokeResult
 from app.telemetry import Event, log
 
@@ -87,7 +89,7 @@ class Revoker:
 
     def carry_out(self, connection_id: ConnectionId) -> bool:
         """Revoke and shred one marked connection if it may be done now; true when the row is gone."""
-        found = self._store.tokens_of(connection_id)
+        found = self._read(connection_id)
         if found is None:
             return True
         connection, tokens = found
@@ -96,26 +98,41 @@ class Revoker:
         now = self._clock.now()
         if connection.lease_until is not None and connection.lease_until > now:
             return self._later(connection, code="refresh_under_way", pause=1.0)
-        try:
-            result = self._upstream(connection, tokens)
-        except DrawbridgeError as error:
-            log(Event.REVOKE_FAILED, connection=connection.name, code=error.code)
-            result = "retry"
+        result = self._give_back(connection, tokens)
         since = connection.revoke_since or now
         if result == "retry" and now - since < _GIVE_UP:
             return self._later(
                 connection, code="revoke_failed", pause=min(2.0**connection.failures, _LONGEST_PAUSE)
             )
-        return self._shred(connection, result)
+        return self._shred(connection, result, left=result != "done" and _may_live(connection, tokens))
+
+    def _read(self, connection_id: ConnectionId) -> tuple[Connection, Tokens | None] | None:
+        """The row with its tokens, None in place of tokens that do not open."""
+        try:
+            return self._store.tokens_of(connection_id)
+        except Unopenable:
+            connection = self._store.get(connection_id)
+            return None if connection is None else (connection, None)
+
+    def _give_back(self, connection: Connection, tokens: Tokens | None) -> RevokeResult:
+        if connection.grant_type != "authorization_code":
+            return "impossible"  # nothing was granted that could be given back: the key or the client secret is it
+        if connection.exported_at is not None:
+            return "impossible"  # the grant is in use elsewhere; giving it back would take it from there
+        if tokens is None:
+            # A worker whose keyring is whole may open it yet; once the day is over it is the record that is broken.
+            log(Event.REVOKE_FAILED, connection=connection.name, code="unopenable")
+            return "retry"
+        try:
+            return self._upstream(connection, tokens)
+        except DrawbridgeError as error:
+            log(Event.REVOKE_FAILED, connection=connection.name, code=error.code)
+            return "retry"
 
     def _upstream(self, connection: Connection, tokens: Tokens) -> RevokeResult:
         app = self._apps.open(connection.app_id)
         provider = self._apps.provider(connection.provider)
         wire = self._refresher.wire()
-        if connection.grant_type != "authorization_code":
-            return "impossible"  # nothing was granted that could be given back: the key or the client secret is it
-        if connection.exported_at is not None:
-            return "impossible"  # the grant is in use elsewhere; giving it back would take it from there
         grant = Grant(
             "authorization_code", refresh_token=tokens.refresh_token, access_token=tokens.access_token
         )
@@ -135,7 +152,8 @@ class Revoker:
             self._store.postpone_removal(transaction, connection, until=until, code=code, now=now)
         return False
 
-    def _shred(self, connection: Connection, result: RevokeResult) -> bool:
+    def _shred(self, connection: Connection, result: RevokeResult, *, left: bool) -> bool:
+        """Destroy the row; `left` says that its grant may live on at the provider, which somebody must then see to."""
         now = self._clock.now()
         with self._database.write() as transaction:
             gone = self._store.remove(transaction, connection.id, generation=connection.generation)
@@ -147,7 +165,7 @@ class Revoker:
                     app_id=connection.app_id,
                     connection_id=connection.id,
                 )
-            if gone and result == "retry":
+            if gone and left:
                 findings.report(
                     transaction,
                     FindingKind.REVOKE_GAVE_UP,
@@ -155,6 +173,14 @@ class Revoker:
                     app_id=connection.app_id,
                     code=connection.name,
                 )
+        if gone and left:
+            log(
+                Event.REVOKE_FAILED,
+                connection=connection.name,
+                provider=connection.provider,
+                code="gave_up",
+                again=False,
+            )
         if gone:
             self._trail.record(Entry("worker", Event.CONNECTION_SHREDDED, connection.name, outcome=result))
             log(
@@ -168,11 +194,14 @@ class Revoker:
     # The admin's other switch
 
     def disable(self, name: str, *, actor: str = "admin:cli") -> Connection:
-        """Hand out nothing and refresh nothing until it is enabled again; the grant is kept."""
+        """Hand out nothing and refresh nothing until it is enabled again; the grant is kept.
+
+        Raises `ConnectionDisabled` while it is being disconnected, and `Conflict` when that began just now.
+        """
         return self._switch(name, AdminState.DISABLED, actor)
 
     def enable(self, name: str, *, actor: str = "admin:cli") -> Connection:
-        """Undo `disable`; the worker looks at it at once. Raises `ConnectionDisabled` while it is being disconnected."""
+        """Undo `disable`; the worker looks at it at once. Raises as `disable` does."""
         return self._switch(name, AdminState.ENABLED, actor)
 
     def _switch(self, name: str, to: AdminState, actor: str) -> Connection:
@@ -185,8 +214,9 @@ class Revoker:
         event = Event.CONNECTION_ENABLED if enabled else Event.CONNECTION_DISABLED
         values = {"admin_state": to.value} | ({"refresh_at": self._clock.now()} if enabled else {})
         with self._database.write() as transaction:
-            if not self._store.change(transaction, connection.id, **values):
-                raise NotFound(f"There is no connection named {name!r} any more.")
+            # Somebody who disconnected it since we looked must not find it handed out again.
+            if not self._store.change(transaction, connection.id, was=connection.admin_state, **values):
+                raise Conflict(f"{name!r} was changed by somebody else just now; look at it again.")
             self._trail.record(Entry(actor, event, name))
         log(event, connection=name, provider=connection.provider)
         return replace(connection, admin_state=to)
@@ -206,3 +236,10 @@ class Revoker:
             raise Conflict(f"There is already a connection named {new!r}.") from None
         log(Event.CONNECTION_RENAMED, connection=new)
         return self._store.named(new)
+
+
+def _may_live(connection: Connection, tokens: Tokens | None) -> bool:
+    """Whether a grant of this row may live on although it was not given back; one that was moved is meant to."""
+    if connection.grant_type != "authorization_code" or connection.exported_at is not None:
+        return False
+    return tokens is None or tokens.refresh_token is not None

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -127,11 +128,11 @@ class Store:
 
     def get(self, connection_id: str) -> Connection | None:
         """The connection with this id, or None."""
-        return self._one(connections.c.id == connection_id)
+        return self._one(_BY_ID, connection_id)
 
     def by_name(self, name: str) -> Connection | None:
         """The connection with this name, or None."""
-        return self._one(connections.c.name == name)
+        return self._one(_BY_NAME, name)
 
     def named(self, name: str) -> Connection:
         """The connection with this name; raises `NotFound`."""
@@ -142,7 +143,7 @@ class Store:
 
     def by_identity(self, app_id: str, identity: str) -> Connection | None:
         """The connection of this account (and user, where that counts) through this app, or None."""
-        return self._one((connections.c.app_id == app_id) & (connections.c.identity == identity))
+        return self._one(_BY_IDENTITY, identity, app_id=app_id)
 
     def page(
         self, *, after: str = "", limit: int = 100, app_id: str | None = None, state: str | None = None
@@ -158,17 +159,16 @@ class Store:
 
     def read_with_tokens(self, name: str) -> tuple[Connection, Tokens] | None:
         """The connection of this name with its tokens opened, read in one statement; None when there is none."""
-        return self._with_tokens(connections.c.name == name)
+        return self._with_tokens(_SEALED_BY_NAME, name)
 
     def tokens_of(self, connection_id: str) -> tuple[Connection, Tokens] | None:
         """The same by id."""
-        return self._with_tokens(connections.c.id == connection_id)
+        return self._with_tokens(_SEALED_BY_ID, connection_id)
 
-    def changes_since(self, epoch: int) -> dict[str, int]:
-        """Id and epoch of every row changed after the counter stood there; a deleted row shows by being in none."""
-        query = sa.select(connections.c.id, connections.c.epoch).where(connections.c.epoch > epoch)
+    def changes_since(self, epoch: int) -> list[str]:
+        """The ids of all rows changed after the counter stood there; a removed row is not among them."""
         with self._database.read() as transaction:
-            return {row.id: row.epoch for row in transaction.execute(query)}
+            return list(transaction.scalars(_CHANGES, {"wanted": epoch}))
 
     def these(self, ids: Iterable[str]) -> dict[str, Connection]:
         """Those of these connections that still exist, by id."""
@@ -191,17 +191,22 @@ class Store:
 
     def get_within(self, transaction: Transaction, connection_id: str) -> Connection | None:
         """The connection as it stands inside the caller's transaction, or None."""
-        row = transaction.execute(_SELECT.where(connections.c.id == connection_id)).one_or_none()
+        row = transaction.execute(_BY_ID, {"wanted": connection_id}).one_or_none()
         return None if row is None else _connection(row._mapping)
 
-    def _one(self, where: sa.ColumnElement[bool]) -> Connection | None:
+    def stands(self, transaction: Transaction, app_id: str, identity: str) -> bool:
+        """Whether there is a connection of this account through this app."""
+        wanted = {"wanted": identity, "app_id": app_id}
+        return transaction.execute(_BY_IDENTITY, wanted).one_or_none() is not None
+
+    def _one(self, query: sa.Select[Any], wanted: str, **more: str) -> Connection | None:
         with self._database.read() as transaction:
-            row = transaction.execute(_SELECT.where(where)).one_or_none()
+            row = transaction.execute(query, {"wanted": wanted, **more}).one_or_none()
         return None if row is None else _connection(row._mapping)
 
-    def _with_tokens(self, where: sa.ColumnElement[bool]) -> tuple[Connection, Tokens] | None:
+    def _with_tokens(self, query: sa.Select[Any], wanted: str) -> tuple[Connection, Tokens] | None:
         with self._database.read() as transaction:
-            row = transaction.execute(_SELECT_SEALED.where(where)).one_or_none()
+            row = transaction.execute(query, {"wanted": wanted}).one_or_none()
         if row is None:
             return None
         found = _connection(row._mapping)
@@ -239,27 +244,37 @@ class Store:
     ) -> bool:
         """Take the lease if nothing moved since `seen` was read: generation, open attempt, admin state, lease past."""
         taken = transaction.execute(
-            sa.update(connections)
-            .where(
-                connections.c.id == seen.id,
-                connections.c.generation == seen.generation,
-                connections.c.admin_state == seen.admin_state.value,
-                connections.c.health == seen.health.value,
-                connections.c.exported_at.is_(None),
-                connections.c.open_attempt.is_not_distinct_from(seen.open_attempt),
-                sa.or_(connections.c.lease_until.is_(None), connections.c.lease_until < db_now()),
-            )
-            .values(
-                lease_until=db_now() + int(seconds * _MICROSECONDS),
-                open_attempt=attempt,
-                last_try=sa.or_(connections.c.last_try, sa.literal(last_try)),
-            )
+            _taking_the_lease(),
+            {
+                "seen_id": seen.id,
+                "seen_generation": seen.generation,
+                "seen_admin_state": seen.admin_state.value,
+                "seen_health": seen.health.value,
+                "seen_attempt": seen.open_attempt,
+                "lease": int(seconds * _MICROSECONDS),
+                "attempt": attempt,
+                "is_last_try": last_try,
+            },
         )
         return taken.rowcount == 1
 
+    def give_lease_back(self, transaction: Transaction, seen: Connection, *, attempt: str) -> None:
+        """Undo `take_lease` where it was carried out and nothing came of it."""
+        transaction.execute(
+            _OF_ATTEMPT,
+            {
+                "at_id": seen.id,
+                "at_generation": seen.generation,
+                "at_attempt": attempt,
+                "lease_until": None,
+                "open_attempt": seen.open_attempt,
+                "last_try": seen.last_try,
+            },
+        )
+
     def read_leased(self, transaction: Transaction, connection_id: str) -> tuple[Connection, Tokens]:
         """Connection and tokens as they stand inside the transaction that took the lease."""
-        row = transaction.execute(_SELECT_SEALED.where(connections.c.id == connection_id)).one()
+        row = transaction.execute(_SEALED_BY_ID, {"wanted": connection_id}).one()
         found = _connection(row._mapping)
         return found, self.open(row.sealed, found.id, generation=found.generation)
 
@@ -269,7 +284,8 @@ class Store:
         """Store a new generation; only if the row still has the one before it, whoever holds the lease by now."""
         return self._update(
             transaction,
-            (connections.c.id == after.id) & (connections.c.generation == after.generation - 1),
+            _OF_GENERATION,
+            {"at_id": after.id, "at_generation": after.generation - 1},
             **_values(after, _HEALTH_FIELDS),
             generation=after.generation,
             sealed=sealed.blob,
@@ -278,30 +294,26 @@ class Store:
 
     def save_health(self, transaction: Transaction, after: Connection, *, attempt: str) -> bool:
         """Store what an outcome without tokens says; only if the generation stands and the lease is still ours."""
-        fence = (connections.c.generation == after.generation) & (connections.c.open_attempt == attempt)
-        saved = transaction.execute(
-            sa.update(connections)
-            .where(connections.c.id == after.id, fence)
-            .values(**_values(after, _HEALTH_FIELDS))
-        )
+        fence = {"at_id": after.id, "at_generation": after.generation, "at_attempt": attempt}
+        saved = transaction.execute(_OF_ATTEMPT, fence | _values(after, _HEALTH_FIELDS))
         # No epoch: what is handed out does not depend on health, only on tokens and admin state.
         return saved.rowcount == 1
 
     def save_life(self, transaction: Transaction, after: Connection) -> bool:
         """Store what was learned of the life of this generation's access token."""
         names = ("life_seconds", "life_known", "expires_at", "refresh_at")
-        fence = (connections.c.id == after.id) & (connections.c.generation == after.generation)
-        return self._update(transaction, fence, **_values(after, names))
+        fence = {"at_id": after.id, "at_generation": after.generation}
+        return self._update(transaction, _OF_GENERATION, fence, **_values(after, names))
 
     def replay(self, transaction: Transaction, entry: Entry) -> bool:
         """Store a journaled answer; only over the generation before it."""
         facts = dict(entry.facts)
         for name in FACT_STAMPS:
             facts[name] = None if facts[name] is None else from_microseconds(facts[name])
-        fence = (connections.c.id == entry.connection) & (connections.c.generation == entry.generation - 1)
         return self._update(
             transaction,
-            fence,
+            _OF_GENERATION,
+            {"at_id": entry.connection, "at_generation": entry.generation - 1},
             **{name: facts[name] for name in (*FACT_STAMPS, *FACT_NAMES)},
             **_AFTER_GRANT,
             generation=entry.generation,
@@ -309,13 +321,15 @@ class Store:
             kek_id=entry.sealed.kek_id,
         )
 
-    def _update(self, transaction: Transaction, where: sa.ColumnElement[bool], **values: Any) -> bool:
+    def _update(
+        self, transaction: Transaction, fenced: sa.Update, fence: Mapping[str, Any], **values: Any
+    ) -> bool:
         """One fenced UPDATE that other processes must learn of.
 
         The epoch is bumped first: all writers that need it take it in the same order, so they queue and never deadlock.
         """
         epoch = bump(transaction, "connections")
-        updated = transaction.execute(sa.update(connections).where(where).values(**values, epoch=epoch))
+        updated = transaction.execute(fenced, {**fence, **values, "epoch": epoch})
         return updated.rowcount == 1
 
     # Installing
@@ -339,10 +353,10 @@ class Store:
             "details",
         )
         columns += ("connected_at", "revoke_since", "grant_type", "exported_at")
-        fence = (connections.c.id == after.id) & (connections.c.generation == after.generation - 1)
         return self._update(
             transaction,
-            fence,
+            _OF_GENERATION,
+            {"at_id": after.id, "at_generation": after.generation - 1},
             **_values(after, columns),
             generation=after.generation,
             sealed=sealed.blob,
@@ -351,18 +365,21 @@ class Store:
 
     # Admin's columns
 
-    def change(self, transaction: Transaction, connection_id: str, **values: Any) -> bool:
-        """Set columns that only admins write; false when the row is gone."""
-        return self._update(transaction, connections.c.id == connection_id, **values)
+    def change(
+        self, transaction: Transaction, connection_id: str, *, was: AdminState | None = None, **values: Any
+    ) -> bool:
+        """Set columns that only admins write; false when the row is gone, or no longer in the admin state it `was` in."""
+        if was is None:
+            return self._update(transaction, _OF_ID, {"at_id": connection_id}, **values)
+        fence = {"at_id": connection_id, "at_admin_state": was.value}
+        return self._update(transaction, _OF_ADMIN_STATE, fence, **values)
 
     def mark_exported(self, transaction: Transaction, seen: Connection, *, now: datetime) -> bool:
-        """Never refresh it here again; only if nothing was refreshed since `seen` and nothing is being refreshed."""
-        fence = (
-            (connections.c.id == seen.id)
-            & (connections.c.generation == seen.generation)
-            & connections.c.open_attempt.is_(None)
-        )
-        return self._update(transaction, fence, exported_at=now, refresh_at=None)
+        """Never refresh it here again; only if nothing was refreshed since `seen`, nothing is being refreshed and it was not
+        exported before.
+        """
+        fence = {"at_id": seen.id, "at_generation": seen.generation}
+        return self._update(transaction, _AT_REST, fence, exported_at=now, refresh_at=None)
 
     def postpone_removal(
         self, transaction: Transaction, seen: Connection, *, until: datetime, code: str, now: datetime
@@ -393,46 +410,26 @@ class Store:
                 connections.c.admin_state == AdminState.DISCONNECTING.value,
             )
         )
+        if gone.rowcount == 1:
+            bump(transaction, "removed")
         return gone.rowcount == 1
 
     # The worker's share
 
     def claim_due(self, *, limit: int, hold: float) -> list[Connection]:
         """Claim connections whose `refresh_at` has come, and put it `hold` seconds off so that no other worker does."""
-        due = (
-            sa.select(connections.c.id)
-            .where(
-                connections.c.refresh_at <= db_now(),
-                connections.c.admin_state == AdminState.ENABLED.value,
-                # Enabling one of these, or asking for its token, does not make it ours to refresh.
-                connections.c.health != Health.NEEDS_RECONNECT.value,
-                connections.c.exported_at.is_(None),
-            )
-            .order_by(connections.c.refresh_at)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-        return self._claim(due, connections.c.refresh_at, hold=hold)
+        return self._claim(_DUE, connections.c.refresh_at, limit=limit, hold=hold)
 
     def claim_disconnecting(self, *, limit: int, hold: float) -> list[Connection]:
         """The same for connections that still wait to be revoked upstream."""
-        due = (
-            sa.select(connections.c.id)
-            .where(
-                connections.c.admin_state == AdminState.DISCONNECTING.value,
-                sa.or_(connections.c.retry_at.is_(None), connections.c.retry_at <= db_now()),
-            )
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-        return self._claim(due, connections.c.retry_at, hold=hold)
+        return self._claim(_DISCONNECTING, connections.c.retry_at, limit=limit, hold=hold)
 
     def _claim(
-        self, due: sa.Select[tuple[str]], stamp: sa.Column[datetime], *, hold: float
+        self, due: sa.Select[tuple[str]], stamp: sa.Column[datetime], *, limit: int, hold: float
     ) -> list[Connection]:
         """Put off what is due, so that nobody else takes it meanwhile, and return it."""
         with self._database.write() as transaction:
-            ids = [row.id for row in transaction.execute(due)]
+            ids = [row.id for row in transaction.execute(due, {"at_most": limit})]
             if not ids:
                 return []
             transaction.execute(
@@ -500,8 +497,72 @@ class Store:
         return totals
 
 
+# Statements are put together once: doing it at each use would cost more than running them.
 _SELECT: Final = sa.select(*(connections.c[name] for name in _FIELDS))
-_SELECT_SEALED: Final = _SELECT.add_columns(connections.c.sealed)
+_BY_ID: Final = _SELECT.where(connections.c.id == sa.bindparam("wanted"))
+_BY_NAME: Final = _SELECT.where(connections.c.name == sa.bindparam("wanted"))
+_BY_IDENTITY: Final = _SELECT.where(
+    connections.c.app_id == sa.bindparam("app_id"), connections.c.identity == sa.bindparam("wanted")
+)
+_SEALED_BY_ID: Final = _BY_ID.add_columns(connections.c.sealed)
+_SEALED_BY_NAME: Final = _BY_NAME.add_columns(connections.c.sealed)
+_CHANGES: Final = sa.select(connections.c.id).where(connections.c.epoch > sa.bindparam("wanted"))
+
+_OF_ID: Final = sa.update(connections).where(connections.c.id == sa.bindparam("at_id"))
+_OF_GENERATION: Final = _OF_ID.where(connections.c.generation == sa.bindparam("at_generation"))
+_OF_ATTEMPT: Final = _OF_GENERATION.where(connections.c.open_attempt == sa.bindparam("at_attempt"))
+_OF_ADMIN_STATE: Final = _OF_ID.where(connections.c.admin_state == sa.bindparam("at_admin_state"))
+_AT_REST: Final = _OF_GENERATION.where(
+    connections.c.open_attempt.is_(None),
+    connections.c.exported_at.is_(None),
+    connections.c.last_try.is_(False),
+    connections.c.health != Health.UNCERTAIN.value,
+)
+
+_DUE: Final = (
+    sa.select(connections.c.id)
+    .where(
+        connections.c.refresh_at <= db_now(),
+        connections.c.admin_state == AdminState.ENABLED.value,
+        # Enabling one of these, or asking for its token, does not make it ours to refresh.
+        connections.c.health != Health.NEEDS_RECONNECT.value,
+        connections.c.exported_at.is_(None),
+    )
+    .order_by(connections.c.refresh_at)
+    .limit(sa.bindparam("at_most", type_=sa.Integer()))
+    .with_for_update(skip_locked=True)
+)
+_DISCONNECTING: Final = (
+    sa.select(connections.c.id)
+    .where(
+        connections.c.admin_state == AdminState.DISCONNECTING.value,
+        sa.or_(connections.c.retry_at.is_(None), connections.c.retry_at <= db_now()),
+    )
+    .limit(sa.bindparam("at_most", type_=sa.Integer()))
+    .with_for_update(skip_locked=True)
+)
+
+
+@cache
+def _taking_the_lease() -> sa.Update:
+    seen, columns = sa.bindparam, connections.c
+    return (
+        sa.update(connections)
+        .where(
+            columns.id == seen("seen_id"),
+            columns.generation == seen("seen_generation"),
+            columns.admin_state == seen("seen_admin_state"),
+            columns.health == seen("seen_health"),
+            columns.exported_at.is_(None),
+            columns.open_attempt.is_not_distinct_from(seen("seen_attempt", type_=sa.String())),
+            sa.or_(columns.lease_until.is_(None), columns.lease_until < db_now()),
+        )
+        .values(
+            lease_until=db_now() + sa.bindparam("lease", type_=sa.BigInteger()),
+            open_attempt=sa.bindparam("attempt"),
+            last_try=sa.or_(columns.last_try, sa.bindparam("is_last_try", type_=sa.Boolean())),
+        )
+    )
 
 
 def _in_state(state: str) -> sa.ColumnElement[bool]:

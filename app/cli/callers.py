@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from app.cli.opening import services
-from app.cli.output import Output, reporting
+from app.cli.output import Output, OutputRefused, reporting
 from app.cli.secret_input import read_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def add(
         added = opened.callers.add(
             name, allow=permissions, jwks=keys, jwks_uri=jwks_uri, allow_ips=allow_ip, rate=rate
         )
-    _tell_added(out, added)
+        _tell_added(out, added)  # before anything else can fail: the secret is kept nowhere
 
 
 @caller.command()
@@ -135,7 +135,7 @@ def rotate(out: Output, name: str, *, jwks: IO[bytes] | None) -> None:
     keys = None if jwks is None else _key_set(jwks)
     with services() as opened:
         added = opened.callers.rotate(name, jwks=keys)
-    _tell_added(out, added)
+        _tell_added(out, added)  # before anything else can fail: the secret is kept nowhere
 
 
 @caller.command()
@@ -205,7 +205,14 @@ def _tell_added(out: Output, added: Added) -> None:
     lines = [f"client_id      {added.caller.client_id}"]
     if secret is not None:
         lines.append(f"client_secret  {secret}")
-    out.tell(data, *lines)
+    try:
+        out.hand_over(data, *lines)
+    except OutputRefused as refused:
+        if secret is None:
+            raise
+        raise OutputRefused(
+            f"{refused.message} The secret is lost; make another: drawbridge caller rotate {added.caller.name}"
+        ) from refused
     if secret is not None and not out.as_json:
         click.echo(
             "The secret is shown this once and kept nowhere; put it where the caller reads it.", err=True

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import click
 
 from app.cli.opening import ACTOR, services
-from app.cli.output import Output, as_text, reporting
+from app.cli.output import Output, OutputRefused, as_text, reporting
+from app.cli.sealed_file import sealed_file
 from app.cli.secret_input import read_bytes, read_secret
 
 if TYPE_CHECKING:
@@ -28,6 +27,10 @@ __all__ = ["connection"]
 
 _PAGE: Final = 500
 _POLL: Final = 0.25  # seconds between two looks while another process refreshes
+_ABOUT_PRINTED: Final = (
+    "It is not certain that what was printed must not be used. Look at `drawbridge connection show {name}`: if exported_at"
+    " says when, it is the connection's only copy; if it says nothing, destroy it and export again."
+)
 _name = click.argument("name")
 _app = click.option("--app", "app_name", metavar="APP", help="The app, as PROVIDER/NAME or PROVIDER.")
 
@@ -166,12 +169,18 @@ def doctor(out: Output, name: str) -> None:
     metavar="APP",
     help="The app of lines that name none; default: the provider's default.",
 )
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Store lines over tokens that are in use here and were refreshed since, too.",
+)
 @reporting
-def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) -> None:
+def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None, replace: bool) -> None:
     """Read connections from standard input, one JSON object a line, and store each that is in order.
 
     Fields: provider, app, account_id, user_id, access_token, refresh_token, expires_at, scopes, instance_url,
     name; provider, account_id and one of the tokens are needed. Exit code 1 when a line failed; the others are stored.
+    The same lines may be imported again: one whose connection has newer tokens by now is refused.
 
     \b
     Example:
@@ -183,7 +192,7 @@ def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) ->
     with services() as opened, out.progress("importing") as move:
         default = None if app_name is None else opened.apps.find(app_name).name
         lines = list(_lines(key, default))
-        for result in opened.transfer.import_lines(lines):
+        for result in opened.transfer.import_lines(lines, replace=replace):
             data = {
                 "line": result.line,
                 "outcome": result.outcome,
@@ -222,6 +231,10 @@ def import_(out: Output, *, key_file: IO[bytes] | None, app_name: str | None) ->
 def export(out: Output, name: str, *, key_file: IO[bytes], output: Path | None, yes: bool) -> None:
     """Seal a connection for another installation, which takes it over: it is never refreshed here again.
 
+    A file that exists is not overwritten. What is being written is called FILE.partial; only after the connection was
+    marked as moved it is renamed to FILE. Where FILE.partial stays behind, `connection show` tells with exported_at whether
+    it is the only copy.
+
     \b
     Example:
       openssl genpkey -algorithm X25519 -out private.pem       (there)
@@ -231,14 +244,17 @@ def export(out: Output, name: str, *, key_file: IO[bytes], output: Path | None, 
     public_key = read_bytes(key_file)
     if not yes:
         click.confirm(f"{name} will never be refreshed here again. Export it?", abort=True, err=True)
-    with services() as opened:
-        sealed = opened.transfer.export(name, public_key_pem=public_key)
-    line = base64.b64encode(sealed).decode()
-    if output is not None:
-        _write_private(output, line)
-        out.tell({"name": name, "file": str(output)}, f"Wrote {output}; import it there with --key-file.")
-    else:
-        out.tell({"name": name, "sealed": line}, line)
+    if output is None:
+        _export_printed(out, name, public_key)
+        return
+    with sealed_file(output) as file, services() as opened:
+        opened.transfer.export(
+            name,
+            public_key_pem=public_key,
+            deliver=lambda sealed: file.deliver(base64.b64encode(sealed).decode()),
+        )
+        file.give_name()
+    out.tell({"name": name, "file": str(output)}, f"Wrote {output}; import it there with --key-file.")
 
 
 @connection.command()
@@ -407,8 +423,9 @@ def _diagnosed(row: Connection, found: Diagnosis) -> Iterator[str]:
 
 
 def _lines(key: Secret | None, app: str | None) -> Iterator[str]:
-    """The lines of standard input, opened if they are sealed; one that does not open is left for the import to refuse."""
-    for line in sys.stdin:
+    """The lines of standard input, opened if they are sealed; one that is odd is left for the import to refuse."""
+    for raw in sys.stdin.buffer:
+        line = raw.decode(errors="surrogateescape")
         clear = line if key is None or not line.strip() else _opened(key, line)
         yield clear if app is None else _with_app(clear, app)
 
@@ -419,21 +436,41 @@ def _opened(key: Secret, line: str) -> str:
 
     try:
         return open_from(key, base64.b64decode(line.strip(), validate=True)).decode()
-    except (Unopenable, binascii.Error, UnicodeDecodeError):
+    except (Unopenable, ValueError):  # of other bytes, not Base64, not ASCII, not UTF-8
         return "does not open"
 
 
 def _with_app(line: str, app: str) -> str:
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
     return json.dumps({"app": app} | data) if isinstance(data, dict) else line
 
 
-def _write_private(path: Path, line: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _export_printed(out: Output, name: str, public_key: bytes) -> None:
+    """Export to standard output, which has to take it before the connection is marked as moved."""
+    from app.broker.transfer import ExportUnclear
+    from app.errors import DrawbridgeError
+
+    printed = False
+
+    def deliver(sealed: bytes) -> None:
+        nonlocal printed
+        line = base64.b64encode(sealed).decode()
+        try:
+            out.hand_over({"name": name, "sealed": line}, line)
+        except OutputRefused as refused:
+            raise OutputRefused(f"{refused.message} Nothing was exported.") from refused
+        printed = True
+
+    with services() as opened:
+        try:
+            opened.transfer.export(name, public_key_pem=public_key, deliver=deliver)
+        except ExportUnclear:
+            click.echo(_ABOUT_PRINTED.format(name=name), err=True)
+            raise
+        except DrawbridgeError:
+            if printed:
+                click.echo("Nothing was exported; what was printed must not be used.", err=True)
+            raise

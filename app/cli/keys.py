@@ -66,17 +66,26 @@ def add(out: Output) -> None:
 def rotate(out: Output, *, target: str | None) -> None:
     """Seal everything under another key while it runs. Stopped half-way, run it again: it goes on.
 
+    Exit code 1 when records do not open with this keyring; they are named, and the others are done.
+
     \b
     Example:
       drawbridge keys rotate
     """
     with services() as opened, out.progress("re-sealing") as move:
-        done = 0
+        done, unopenable = 0, list[str]()
         for step in opened.keys.rotate(target):
-            done = step.done
+            done, unopenable = step.done, list(step.unopenable)
             move(step.done, step.total)
         active = next(row.id for row in opened.keys.list() if row.active)
-    out.tell({"active": active, "resealed": done}, f"{done} record(s) re-sealed under {active}.")
+    data = {"active": active, "resealed": done, "unopenable": unopenable}
+    out.tell(data, f"{done} record(s) re-sealed under {active}.")
+    if unopenable:
+        raise click.ClickException(
+            f"{len(unopenable)} record(s) do not open with this keyring and stay under their old key, which must not be "
+            f"retired: {', '.join(unopenable)}. Give this host the whole keyring and run it again; else disconnect these "
+            "connections, and give these apps their secrets again with: drawbridge app rotate."
+        )
 
 
 @keys.command()

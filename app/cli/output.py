@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +15,16 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import click
 
-__all__ = ["Output", "Steps", "as_text", "reporting"]
+__all__ = ["Output", "OutputRefused", "Steps", "as_text", "reporting"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _PLAIN_STEPS: Final = 10  # lines of progress where there is no terminal to draw on
+
+
+class OutputRefused(click.ClickException):
+    """Standard output did not take what exists nowhere else."""
 
 
 class Output:
@@ -29,6 +36,20 @@ class Output:
     def tell(self, data: Mapping[str, object], *lines: str) -> None:
         """One result: the object for programs, the lines for people."""
         click.echo(_json(data) if self.as_json else "\n".join(lines))
+
+    def hand_over(self, data: Mapping[str, object], *lines: str) -> None:
+        """The same for what exists nowhere else: returns once it is out, on disk where standard output is a file.
+
+        Raises `OutputRefused`, also for a reader who has gone: nobody has read it then.
+        """
+        if sys.stdout is None:
+            raise OutputRefused("Standard output is closed.")
+        try:
+            self.tell(data, *lines)
+            _insist_out()
+        except OSError as error:
+            _leave_unwritten()
+            raise OutputRefused(f"Standard output takes nothing ({error.strerror}).") from error
 
     def table(
         self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str], *, nothing: str
@@ -96,6 +117,28 @@ class _Lines:
         if tenth > self._told:
             self._told = tenth
             click.echo(f"{self._title}: {done}{f' of {total}' if total else ''}", err=True)
+
+
+def _insist_out() -> None:
+    sys.stdout.flush()
+    descriptor = _descriptor()
+    if descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fsync(descriptor)
+
+
+def _leave_unwritten() -> None:
+    """What is still in the buffer is not tried again at exit, where it would fail once more."""
+    descriptor = _descriptor()
+    if descriptor is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _descriptor() -> int | None:
+    """That of standard output; None where it is kept in memory."""
+    try:
+        return sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        return None
 
 
 def _draw(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> None:

@@ -1,11 +1,11 @@
-"""The epochs: two counters by which a process notices within a second that another one changed something.
+"""The epochs: counters by which a process notices within a second that another one changed something.
 
 Whoever changes callers, permissions or keys bumps "access", whoever changes a connection row bumps
 "connections", in the transaction of the change and as its first statement, so that writers of one kind take
 turns and a counter read as n means that every change up to n is visible. Caches are believed while their
-counter stands still.
+counter stands still. Whoever removes a connection row bumps "removed" as well: of that one no row can tell.
 
-The watch reads both every 250 ms in a thread of its own, so that a request pays nothing; a request that finds
+The watch reads them every 250 ms in a thread of its own, so that a request pays nothing; a request that finds
 the last look older than 750 ms reads for itself. 750 ms and a slow read stay inside the second that taking
 something away may need.
 """
@@ -29,13 +29,22 @@ from app.db.schema import epochs
 from app.errors import DatabaseUnavailable
 from app.telemetry import Event, log, metrics
 
-__all__ = ["OLDEST", "POLL", "EpochName", "EpochWatch", "Epochs", "bump"]
+__all__ = ["OLDEST", "POLL", "EpochName", "EpochWatch", "Epochs", "bump", "read_counter"]
 
 POLL: Final = 0.25  # seconds
 OLDEST: Final = 0.75  # seconds
 _LONGEST_LOOK: Final = 2.0  # seconds a request waits for the thread to read
 
-EpochName = Literal["access", "connections"]
+EpochName = Literal["access", "connections", "removed"]
+
+_ALL: Final = sa.select(epochs)
+_COUNT: Final = sa.select(epochs.c.value).where(epochs.c.name == sa.bindparam("which"))
+_BUMP: Final = (
+    sa.update(epochs)
+    .where(epochs.c.name == sa.bindparam("which"))
+    .values(value=epochs.c.value + 1)
+    .returning(epochs.c.value)
+)
 
 
 def bump(connection: Connection, name: EpochName) -> int:
@@ -44,26 +53,26 @@ def bump(connection: Connection, name: EpochName) -> int:
     Until that transaction ends, other transactions that bump the same counter wait. For "connections" write
     the returned number into `connections.epoch` of each row changed.
     """
-    statement = (
-        sa.update(epochs)
-        .where(epochs.c.name == name)
-        .values(value=epochs.c.value + 1)
-        .returning(epochs.c.value)
-    )
-    return int(connection.execute(statement).scalar_one())
+    return int(connection.execute(_BUMP, {"which": name}).scalar_one())
+
+
+def read_counter(connection: Connection, name: EpochName) -> int:
+    """Where a counter stands in the caller's transaction, its own bump included."""
+    return int(connection.execute(_COUNT, {"which": name}).scalar_one())
 
 
 @dataclass(frozen=True, slots=True)
 class Epochs:
-    """Both counters as they were at `read_at`, in seconds of `Clock.elapsed()` before the reading began."""
+    """The counters as they were at `read_at`, in seconds of `Clock.elapsed()` before the reading began."""
 
     access: int
     connections: int
+    removed: int
     read_at: float
 
 
 class EpochWatch:
-    """Both counters, at most 750 ms old; safe for threads, and in a child process after a fork.
+    """The counters, at most 750 ms old; safe for threads, and in a child process after a fork.
 
     `last` is the newest reading whatever its age, None before the first; it stays when the database goes
     away, so that whoever may go on without it for a while can.
@@ -112,7 +121,7 @@ class EpochWatch:
         return inf if last is None else self._clock.elapsed() - last.read_at
 
     def look(self) -> Epochs:
-        """Both counters, read now if the last reading is older than 750 ms.
+        """The counters, read now if the last reading is older than 750 ms.
 
         Raises `DatabaseUnavailable`: within 2 s when the thread runs, at once while it knows of the outage.
         """
@@ -124,7 +133,7 @@ class EpochWatch:
         return self._read()
 
     def glance(self) -> Epochs | None:
-        """Both counters if the last reading is fresh enough, without waiting for anything."""
+        """The counters if the last reading is fresh enough, without waiting for anything."""
         return self.last if self.age <= OLDEST else None
 
     def _ask_thread(self) -> Epochs:
@@ -170,8 +179,8 @@ class EpochWatch:
     def _read(self) -> Epochs:
         asked = self._clock.elapsed()
         with self._database.read() as connection:
-            values = {row.name: row.value for row in connection.execute(sa.select(epochs))}
-        found = Epochs(values["access"], values["connections"], asked)
+            values = {row.name: row.value for row in connection.execute(_ALL)}
+        found = Epochs(values["access"], values["connections"], values["removed"], asked)
         if self.last is None or (found.access, found.connections) != (
             self.last.access,
             self.last.connections,

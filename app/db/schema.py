@@ -37,6 +37,8 @@ __all__ = [
     "attempts",
     "audit",
     "audit_metadata",
+    "audit_register",
+    "audit_register_head",
     "audit_writers",
     "callers",
     "connect_links",
@@ -343,6 +345,25 @@ audit_writers: Final = Table(
     Column("kept_mac", LargeBinary, nullable=False),  # the chain goes on from this head
     Column("head_n", BigInteger, nullable=False),
     Column("head_mac", LargeBinary, nullable=False),
+)
+
+# Every writer from its beginning, so that none can vanish; see access.chain.
+audit_register: Final = Table(
+    "audit_register",
+    audit_metadata,
+    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    Column("writer", String(32), nullable=False, index=True),
+    Column("sequence", BigInteger, nullable=False),  # the row of the writer it had come to;
+    Column("mac", LargeBinary, nullable=False),  # and the mac of that
+    Column("link", LargeBinary, nullable=False),
+)
+
+audit_register_head: Final = Table(
+    "audit_register_head",
+    audit_metadata,
+    Column("one", Integer, primary_key=True, autoincrement=False),  # always 1: the table has one row
+    Column("n", BigInteger, nullable=False),
+    Column("link", LargeBinary, nullable=False),  # with its seal
 )
 
 audit: Final = Table(

@@ -40,7 +40,9 @@ _LATE_EVERY: Final = 60.0
 _REVOKE_AT_ONCE: Final = 4
 # Longer than a revocation with all its requests may take at the largest time-outs in use.
 _REVOKE_HOLD: Final = 120.0
-_DAY: Final = 86_400.0
+# Often, though rows grow old day by day: a worker that is replaced every day must get to it as well, and only the one
+# that has lived longest does it, which a young one becomes when the others go.
+_RETENTION: Final = 3600.0
 
 RATE_OPTION: Final = "max_refreshes_per_second"
 
@@ -204,7 +206,7 @@ def chores(services: Services) -> list[Job]:
         Job("spools", 60.0, services.trail.adopt_orphans),
         Job("spent ids", 300.0, services.spent_ids.sweep),
         Job("tidy", 600.0, tidying.run),
-        Job("retention", _DAY, lambda: prune_trail(services)),
+        Job("retention", _RETENTION, lambda: prune_trail(services)),
     ]
 
 

@@ -53,6 +53,7 @@ class Cause(StrEnum):
     ACCESS_DENIED = "access_denied"
     NO_REFRESH_TOKEN = "no_refresh_token"  # noqa: S105 - the name of a cause
     KEY_UNUSABLE = "key_unusable"
+    UNRECOGNISED = "unrecognised"
     # app
     CLIENT_SECRET_REFUSED = "client_secret_refused"  # noqa: S105 - the name of a cause
     CLIENT_UNKNOWN = "client_unknown"
@@ -67,7 +68,7 @@ class Cause(StrEnum):
     WRONG_AUDIENCE = "wrong_audience"
     MY_DOMAIN_REQUIRED = "my_domain_required"
     WRONG_ENDPOINT = "wrong_endpoint"
-    UNRECOGNISED = "unrecognised"
+    UNRECOGNISED_ALIKE = "unrecognised_alike"
     # outage
     PROVIDER_DOWN = "provider_down"
     PROVIDER_UNREACHABLE = "provider_unreachable"
@@ -212,6 +213,12 @@ _CONNECTION: Final = {
         "you, in Drawbridge",
         "Disconnect it and add it again with `drawbridge connection add … --subject … --key-file …`.",
     ),
+    Cause.UNRECOGNISED: Remedy(
+        "{title} refuses this connection's request for a reason we do not know; nothing is marked dead for it.",
+        _ADMIN,
+        "See in the account at {title} whether user, account and app are in order there; if all is well, report the "
+        "code. It is asked again by itself.",
+    ),
 }
 
 _APP: Final = {
@@ -278,10 +285,10 @@ _APP: Final = {
         "you, in Drawbridge's app settings",
         "Correct the app's address options: `drawbridge app list` shows them.",
     ),
-    Cause.UNRECOGNISED: Remedy(
-        "{title} refuses the request for a reason we do not know; nothing is marked dead for it.",
+    Cause.UNRECOGNISED_ALIKE: Remedy(
+        "{title} refuses many connections of the app for a reason we do not know; nothing is marked dead for it.",
         _YOU,
-        "Look at the app's page at {title}; if all is well there, report the code.",
+        "Look at {title}'s status page and at the app's page there; if all is well, report the code.",
     ),
 }
 
@@ -383,7 +390,7 @@ BEHIND: Final[Mapping[str, tuple[Cause, ...]]] = MappingProxyType(
         "no_refresh_token": (Cause.NO_REFRESH_TOKEN,),
         "account_changed": (Cause.ACCOUNT_CHANGED,),
         "lost_answer": (Cause.LOST_ANSWER,),
-        "misconfigured:": (Cause.UNRECOGNISED,),
+        "misconfigured:": (Cause.UNRECOGNISED, Cause.UNRECOGNISED_ALIKE),
         "access_denied": (Cause.ACCESS_DENIED,),
         "assertion_failed": (Cause.KEY_UNUSABLE,),
         "bad_request": (Cause.WRONG_ENDPOINT,),

@@ -8,8 +8,9 @@
     NotSent          not a byte of the body left: nothing can have been spent
 
 When in doubt the table prefers the ending that keeps the grant: an unknown 4xx is Misconfigured, an
-unreadable answer is Unknown. `code` is a short stable machine word of ours (never a vendor's sentence, which
-may name people); `EXPLANATIONS` says what each means, `causes` what may stand behind it.
+unreadable answer is Unknown. And it prefers the ending that keeps trouble where it was seen: what need not be
+about our client is about this one connection. `code` is a short stable machine word of ours (never a vendor's
+sentence, which may name people); `EXPLANATIONS` says what each means, `causes` what may stand behind it.
 """
 
 from __future__ import annotations
@@ -106,8 +107,10 @@ class Unavailable:
 class Misconfigured:
     """The provider refuses our client or what we asked; the grant is not to blame.
 
-    `whole_app` is false where only this account's settings at the provider stand in the way (a user switched
-    off, an address not allowed), so that the app's other connections need not back off.
+    `whole_app` is true only where nothing but our client can be meant, so that no other connection of the app
+    would fare better. It is false where one account's settings at the provider may stand in the way (a user
+    switched off, an address not allowed), or one request (a scope, a kind of grant, a word nobody knows): the
+    app's other connections need not back off, and if they fail alike, the broker sees the crowd.
     """
 
     code: str
@@ -217,14 +220,16 @@ _SHORTEST_LIFE: Final = 1.0
 _NUMBER: Final = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{1,9})?")
 _NEVER_EXTRAS: Final = frozenset({"access_token", "refresh_token", "id_token"})
 
+# What RFC 6749 §5.2 says of the client itself is the whole app's. Of the others `invalid_scope` may exceed what
+# one owner granted, `invalid_request` may be about one token, and an app may hold grants of several types.
 _BY_ERROR: Final[Mapping[str, Outcome]] = MappingProxyType(
     {
         "invalid_grant": Refused("invalid_grant"),
         "invalid_client": Misconfigured("invalid_client"),
         "unauthorized_client": Misconfigured("unauthorized_client"),
-        "unsupported_grant_type": Misconfigured("unsupported_grant_type"),
-        "invalid_scope": Misconfigured("invalid_scope"),
-        "invalid_request": Misconfigured("invalid_request"),
+        "unsupported_grant_type": Misconfigured("unsupported_grant_type", whole_app=False),
+        "invalid_scope": Misconfigured("invalid_scope", whole_app=False),
+        "invalid_request": Misconfigured("invalid_request", whole_app=False),
         "access_denied": Misconfigured("access_denied", whole_app=False),
         "redirect_uri_mismatch": Misconfigured("redirect_uri_mismatch"),
         "temporarily_unavailable": Unavailable("temporarily_unavailable"),
@@ -263,8 +268,10 @@ def early(answer: Answer) -> Outcome | None:
 
 
 def by_error(data: Mapping[str, object] | None) -> Outcome:
-    """Judge an error answer by its RFC 6749 §5.2 `error`; one we do not know never costs the grant."""
-    return _BY_ERROR.get(error_of(data), Misconfigured("unrecognised_error"))
+    """Judge an error answer by its RFC 6749 §5.2 `error`; one we do not know never costs the grant, nor
+    does it hold up the app's other connections.
+    """
+    return _BY_ERROR.get(error_of(data), Misconfigured("unrecognised_error", whole_app=False))
 
 
 def error_of(data: Mapping[str, object] | None) -> str:

@@ -451,16 +451,13 @@ class Provider:
     def revoked(self, answer: Answer) -> RevokeResult:
         """Judge a revocation answer: 2xx is done (RFC 7009 §2.2), and so is a token refused as invalid.
 
-        A refused client comes right when an operator corrects it, so that is tried again.
+        Impossible is only what the server says it will never do (RFC 7009 §2.2.1). A refused client, a missing
+        endpoint or a word nobody knows comes right when somebody corrects it, and the grant lives until then.
         """
-        if 200 <= answer.status < 300:
+        if 200 <= answer.status < 300 or isinstance(self.classify(answer), Refused):
             return "done"
-        match self.classify(answer):
-            case Refused():
-                return "done"
-            case Misconfigured(code) if code not in outcomes.CLIENT_REFUSED:
-                return "impossible"
-        return "retry"
+        never = outcomes.error_of(outcomes.json_object(answer)) == "unsupported_token_type"
+        return "impossible" if never and 400 <= answer.status < 500 else "retry"
 
     def uninstall(self, app: App, access_token: Secret, *, wire: Wire) -> RevokeResult:
         """Remove the app from the account, where a vendor knows such a thing; this one does not."""

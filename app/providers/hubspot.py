@@ -56,9 +56,9 @@ _BY_STATUS: Final[Mapping[str, Outcome]] = MappingProxyType(
         "BAD_CLIENT_ID": Misconfigured("client_id_unknown"),
         "BAD_CLIENT_SECRET": Misconfigured("client_secret_refused"),
         "BAD_REDIRECT_URI": Misconfigured("redirect_uri_mismatch"),
-        "BAD_CODE_VERIFIER": Misconfigured("code_verifier_refused"),
-        "BAD_SCOPES": Misconfigured("invalid_scope"),
-        "BAD_GRANT_TYPE": Misconfigured("unsupported_grant_type"),
+        "BAD_CODE_VERIFIER": Misconfigured("code_verifier_refused", whole_app=False),
+        "BAD_SCOPES": Misconfigured("invalid_scope", whole_app=False),
+        "BAD_GRANT_TYPE": Misconfigured("unsupported_grant_type", whole_app=False),
         # Seen as a passing fault of the platform, and when a client id was swapped: the right id makes the
         # grant good again.
         "MISMATCH_REFRESH_TOKEN_CLIENT": Misconfigured("token_of_another_client", whole_app=False),

@@ -69,7 +69,7 @@ _INVALID_GRANT: Final[Mapping[str, Outcome]] = MappingProxyType(
         "token request is already being processed": Unavailable("busy", whole_app=False),
         "expired access/refresh token": Refused("expired_token"),
         "authentication failure": Refused("authentication_failure"),
-        "audience validation failed": Misconfigured("wrong_audience"),
+        "audience validation failed": Misconfigured("wrong_audience", whole_app=False),
         "user hasn't approved this consumer": Misconfigured("user_not_approved", whole_app=False),
         "ip restricted": Misconfigured("ip_restricted", whole_app=False),
         "inactive user": Misconfigured("inactive_user", whole_app=False),

@@ -37,6 +37,7 @@ class Event(StrEnum):
     STOPPING = "program:process:stopping"
     STOPPED = "program:process:stopped"
     START_REFUSED = "program:start:refused"
+    STOP_FAILED = "program:stop:failed"
 
     # crypto
     KEYRING_LOADED = "crypto:keyring:loaded"
@@ -72,6 +73,7 @@ class Event(StrEnum):
     AUDIT_CAUGHT_UP = "access:audit:caught_up"
     AUDIT_UNAVAILABLE = "access:audit:unavailable"
     AUDIT_BROKEN = "access:audit:broken"
+    AUDIT_SPOOL_DAMAGED = "access:audit:spool_damaged"
     AUDIT_PRUNED = "access:audit:pruned"
 
     # broker
@@ -128,6 +130,7 @@ class Event(StrEnum):
     REQUEST_FAILED = "web:request:failed"
     REQUEST_SLOW = "web:request:slow"
     REQUEST_UNREADABLE = "web:request:unreadable"
+    ACCEPT_PAUSED = "web:accept:paused"
     ADMIN_LOGIN_LINK_MADE = "web:admin_login:link_made"
     ADMIN_SIGNED_IN = "web:admin_login:done"
     ADMIN_SIGN_IN_FAILED = "web:admin_login:failed"
@@ -173,6 +176,11 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         Event.STOPPED: _spec("info", "kind seconds", "A process has finished."),
         Event.START_REFUSED: _spec("error", "kind code reason", "A process will not start like this."),
+        Event.STOP_FAILED: _spec(
+            "error",
+            "kind step error",
+            "A step of an orderly end failed; those after it were taken all the same.",
+        ),
         # crypto
         Event.KEYRING_LOADED: _spec(
             "info",
@@ -242,6 +250,11 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         Event.AUDIT_BROKEN: _spec(
             "error", "writer sequence reason", "The audit trail was edited, cut or reordered."
+        ),
+        Event.AUDIT_SPOOL_DAMAGED: _spec(
+            "error",
+            "file entries",
+            "Spooled audit entries lie behind damaged bytes and cannot be brought in; the file was set aside.",
         ),
         Event.AUDIT_PRUNED: _spec(
             "info", "segments entries before", "Audit entries past their retention were removed."
@@ -382,6 +395,11 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         ),
         Event.REQUEST_UNREADABLE: _spec(
             "warning", "status reason", "Something came in that is no HTTP request."
+        ),
+        Event.ACCEPT_PAUSED: _spec(
+            "warning",
+            "error connections",
+            "There are no files or no memory left for more connections; new ones wait for a moment.",
         ),
         Event.REQUEST_SLOW: _spec("warning", "method route seconds", "A request took longer than it should."),
         Event.ADMIN_LOGIN_LINK_MADE: _spec("info", "actor", "A one-time admin login link was made."),

@@ -160,9 +160,12 @@ def _pairs(text: str, *, allowed: Collection[str] | None, what: str) -> dict[str
 def _decoded(text: str) -> str:
     """One name or value of a form or query (WHATWG URL, application/x-www-form-urlencoded), in strict UTF-8."""
     try:
-        return unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8")
+        decoded = unquote_to_bytes(text.replace("+", " ").encode("latin-1")).decode("utf-8")
     except ValueError:
         raise InvalidRequest("Something is not UTF-8.") from None
+    if "\0" in decoded:
+        raise InvalidRequest("Something has U+0000 in it.")  # no name has; PostgreSQL stores no such text
+    return decoded
 
 
 def _number(given: Mapping[str, str], name: str, *, most: float) -> float | None:

@@ -120,7 +120,8 @@ def undo(provider: str) -> Response:
     """Disconnect what this browser has just connected."""
     form = form_of_page(("connection", "token"))
     browser = browser_cookie().read()
-    connection = services().store.by_name(form.get("connection", ""))
+    # Only a browser that has been on a trip asks the database.
+    connection = services().store.by_name(form.get("connection", "")) if browser is not None else None
     if browser is None or connection is None or connection.provider != provider:
         raise CallbackRefused("There is nothing to take back here.")
     services().connect.check_undo(connection, form.get("token", ""), key=browser)

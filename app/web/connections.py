@@ -19,6 +19,7 @@ from app.broker.doctor import Vitals
 from app.broker.issue import DEFAULT_MAX_WAIT, FORCED_EVERY
 from app.broker.refresh import EndingKind
 from app.errors import InvalidRequest, RefreshInProgress
+from app.telemetry import Event
 from app.web.api import ApiBlueprint
 from app.web.asking import ask_caller, require_somewhere, services
 from app.web.schemas import Connections, DisconnectQuery, DoctorReport, ListQuery, NoQuery, OneConnection
@@ -90,8 +91,8 @@ def examine_connection(query: _Row, name: str) -> _Row:
 @blueprint.errors(400, 401, 403, 404, 409, 429, 503)
 def refresh_connection(query: _Row, name: str) -> _Row:
     """Refresh now, at most once in 30 seconds for each connection."""
-    _allowed(Action.CONNECTION_MANAGE, name)
-    force_refresh(services().store.named(name))
+    caller = _allowed(Action.CONNECTION_MANAGE, name)
+    force_refresh(services().store.named(name), actor=caller.actor)
     return _shown(services().store.named(name), _app_names())
 
 
@@ -124,8 +125,11 @@ def disconnect(query: _Row, name: str) -> _Row:
     return _shown(gone, _app_names())
 
 
-def force_refresh(connection: Connection) -> None:
-    """Have it refreshed whatever its token's life; raises what a caller is told when that is not possible now."""
+def force_refresh(connection: Connection, *, actor: str) -> None:
+    """Have it refreshed whatever its token's life, on record as wanted by `actor`.
+
+    Raises what a caller is told when that is not possible now.
+    """
     ours = services()
     with _place():
         if not ours.store.claim_forced(connection.id, every=FORCED_EVERY):
@@ -136,6 +140,10 @@ def force_refresh(connection: Connection) -> None:
             ending = ours.refresher.ask(connection).result(DEFAULT_MAX_WAIT)
         except FutureTimeout:
             raise RefreshInProgress from None
+    detail = {"generation": connection.generation}
+    ours.access.record(
+        actor, Event.REFRESH_ENDED, target=connection.name, outcome=ending.kind.value, detail=detail
+    )
     if ending.error is not None:
         raise copy.copy(ending.error)
     if ending.kind is EndingKind.BUSY:

@@ -135,6 +135,8 @@ def unreadable(status: int) -> bytes:
     """The body of an answer to what the server could not read as a request, so that there is no path to name."""
     kind = _BY_STATUS.get(status, errors.InvalidRequest)
     sentence = {
+        408: "The request did not come to its end in the time there is for it.",
+        413: "The body is larger than anything that is taken here.",
         414: "The request line is longer than anything that is taken here.",
         417: "Nothing but 100-continue can be expected here.",
         431: "The header fields are larger than anything that is taken here.",

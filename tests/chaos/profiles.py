@@ -44,7 +44,7 @@ PACES: Final[Mapping[str, Mapping[str, Pace]]] = {
     "short": {
         "leases": Pace(rounds=1, life=26),
         "database": Pace(
-            rounds=5, connections=16, life=60, latency=0.6, outage=2.5, grace=4.0, on=_POSTGRESQL
+            rounds=6, connections=16, life=60, latency=0.6, outage=2.5, grace=4.0, on=_POSTGRESQL
         ),
         "stopping": Pace(rounds=2, connections=12, rate=15.0, on=_POSTGRESQL),
         "answers": Pace(rounds=1, connections=12, life=15, latency=0.0, deaths=3, samples=60, on=_SQLITE),
@@ -56,7 +56,7 @@ PACES: Final[Mapping[str, Mapping[str, Pace]]] = {
     },
     "long": {
         "leases": _in_service(rounds=9, latency=14.0, life=120, freeze=50.0),
-        "database": _in_service(rounds=5, latency=5.0, life=300, outage=60.0, grace=60.0, on=_POSTGRESQL),
+        "database": _in_service(rounds=6, latency=5.0, life=300, outage=60.0, grace=60.0, on=_POSTGRESQL),
         "stopping": _in_service(rounds=8, latency=14.0, life=120, rate=10.0),
         "answers": Pace(rounds=5, life=60, latency=0.0, deaths=10, samples=3000),
         "provider": _in_service(rounds=4, connections=26, latency=14.0, life=120, outage=30.0),

@@ -20,14 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.access.audit import Entry, Trail
-from app.access.chain import Head
+from app.access.chain import REGISTER, ChainKeys, Head, encode_head
 from app.access.inspection import Verdict
 from app.access.spool import Spool, orphans
 from app.clock import Clock
 from app.db.engine import Database
 from app.db.migrate import migrate
-from app.db.schema import audit, audit_writers
+from app.db.schema import audit, audit_register, audit_register_head, audit_writers
 from app.errors import AuditUnavailable
+from app.telemetry import Event
 from tests.access_stage import AUDIT_KEY, JumpingClock, databases
 from tests.contract.audit_outage import bring_back, take_away
 from tests.waiting import until
@@ -187,11 +188,11 @@ def rows(make: Maker, database: Database, clock: JumpingClock) -> list[Any]:
 
 @contextmanager
 def tampered(database: Database, *statements: sa.Executable) -> Iterator[None]:
-    """Edit both tables and put everything back afterwards."""
+    """Edit the tables of the trail and put everything back afterwards."""
     with database.read() as connection:
         before = [
             (table, [dict(row._mapping) for row in connection.execute(sa.select(table))])
-            for table in (audit, audit_writers)
+            for table in (audit, audit_writers, audit_register, audit_register_head)
         ]
     with database.write() as connection:
         for statement in statements:
@@ -317,9 +318,162 @@ def test_a_tail_cut_back_to_an_older_genuine_head_is_missed_by_a_head_kept_elsew
         bad = trail.verify([kept]).bad
     assert bad is not None
     assert (bad.writer, bad.n) == (head.writer, 2)
+
+
+@pytest.fixture
+def ended(make: Maker, database: Database) -> list[Any]:
+    """Three rows of a writer that has ended, between two others; its heads on the way were seen by an intruder."""
+    make().record(entry("before"))
+    trail, seen = make(), []
+    for n in range(3):
+        trail.record(entry(f"t-{n}"))
+        trail.verify()
+        seen.append(stored_writer(database, writer_of(trail)))
+    trail.close()
+    make().record(entry("after"))
+    return seen
+
+
+def writer_of(trail: Trail) -> str:
+    """The writer of a trail that has recorded."""
+    head = trail.head()
+    assert head is not None
+    return head.writer
+
+
+def stored_writer(database: Database, writer: str) -> Any:
+    """What is stored about a writer."""
+    with database.read() as connection:
+        return connection.execute(sa.select(audit_writers).where(audit_writers.c.id == writer)).one()
+
+
+def test_a_writer_that_vanished_is_named(make: Maker, database: Database, ended: list[Any]) -> None:
+    """All its rows and its head are gone, as if it had never been: the register says that it was there."""
+    writer = ended[-1].id
+    assert make().verify() == Verdict(rows=5, writers=3, bad=None)
+    with tampered(
+        database,
+        sa.delete(audit).where(audit.c.writer == writer),
+        sa.delete(audit_writers).where(audit_writers.c.id == writer),
+    ):
+        bad = make().verify().bad
+    assert bad is not None
+    assert (bad.writer, bad.why) == (writer, "This writer is gone, with its head and all its rows.")
+
+
+def test_an_empty_trail_under_a_register_is_named(make: Maker, database: Database, ended: list[Any]) -> None:
+    """Everything but the register is gone."""
     with tampered(database, sa.delete(audit), sa.delete(audit_writers)):
-        assert trail.verify().sound
-        assert trail.verify([kept]).bad is not None
+        assert not make().verify().sound
+
+
+def test_the_head_of_a_writer_that_ended_cannot_go_back(
+    make: Maker, database: Database, ended: list[Any]
+) -> None:
+    """An older genuine head with its seal is put back and what is behind it cut off: the register is further on."""
+    old, last = ended[1], ended[-1]
+    with tampered(
+        database,
+        sa.delete(audit).where(audit.c.writer == last.id, audit.c.n > old.head_n),
+        sa.update(audit_writers)
+        .where(audit_writers.c.id == last.id)
+        .values(head_n=old.head_n, head_mac=old.head_mac),
+    ):
+        bad = make().verify().bad
+    assert bad is not None
+    assert (bad.writer, bad.n) == (last.id, 3)
+
+
+def test_a_living_writer_cannot_go_back_behind_its_newest_mark(make: Maker, database: Database) -> None:
+    """Marked now and then, it need not have ended."""
+    trail = make()
+    trail.record(entry("first"))
+    trail.verify()
+    old = stored_writer(database, writer_of(trail))
+    trail.record(entry("second"))
+    trail.log_head()
+    back = sa.update(audit_writers).values(head_n=old.head_n, head_mac=old.head_mac)
+    with tampered(database, sa.delete(audit).where(audit.c.n == 2), back):
+        assert not make().verify().sound
+    assert trail.verify().sound
+
+
+def test_a_killed_writer_is_marked_by_whoever_finds_its_spool(
+    make: Maker, database: Database, state: Path
+) -> None:
+    """It could not say where it ended; the next one in its directory does."""
+    killed = make()
+    for target in ("one", "two"):
+        killed.record(entry(target))
+        killed.verify()
+        if target == "one":
+            old = stored_writer(database, writer_of(killed))
+    spool = killed._chain.spool  # type: ignore[union-attr]
+    assert spool is not None
+    spool.abandon()
+    killed._chain = None  # it will not close in order
+    make().adopt_orphans()
+    with tampered(
+        database,
+        sa.delete(audit).where(audit.c.n == 2),
+        sa.update(audit_writers).values(head_n=old.head_n, head_mac=old.head_mac),
+    ):
+        bad = make().verify().bad
+    assert bad is not None
+    assert (bad.writer, bad.n) == (old.id, 2)
+
+
+@pytest.mark.parametrize("edit", ["removed", "last", "edited", "inserted", "all", "head", "forged"])
+def test_a_register_that_was_tampered_with_is_named(
+    make: Maker, database: Database, ended: list[Any], edit: str
+) -> None:
+    """Its lines are chained and its end is sealed; without it no writer is listed."""
+    lines = audit_register.c
+    with database.read() as connection:
+        last = connection.scalar(sa.select(sa.func.max(lines.n)))
+    edits: dict[str, list[sa.Executable]] = {
+        "removed": [sa.delete(audit_register).where(lines.n == 2)],
+        "last": [sa.delete(audit_register).where(lines.n == last)],
+        "edited": [sa.update(audit_register).where(lines.n == 2).values(sequence=1)],
+        "inserted": [
+            sa.insert(audit_register).values(
+                n=(last or 0) + 1, writer="f" * 32, sequence=0, mac=b"m" * 32, link=b"l" * 32
+            )
+        ],
+        "all": [sa.delete(audit_register), sa.delete(audit_register_head)],
+        "head": [sa.delete(audit_register_head)],
+        "forged": [
+            sa.delete(audit_register).where(lines.n == last),
+            sa.update(audit_register_head).values(n=audit_register_head.c.n - 1),
+        ],
+    }
+    with tampered(database, *edits[edit]):
+        assert not make().verify().sound
+        make().record(entry("a newcomer must not put its seal under it"))
+        assert not make().verify().sound
+
+
+def test_a_register_put_back_before_a_writer_does_not_hide_it(
+    make: Maker, database: Database, ended: list[Any]
+) -> None:
+    """Whoever came later is then not in it."""
+    writer = ended[-1].id
+    lines = audit_register.c
+    with database.read() as connection:
+        first = connection.scalar(sa.select(sa.func.min(lines.n)).where(lines.writer == writer))
+        assert first is not None
+        link = connection.scalar(sa.select(lines.link).where(lines.n == first - 1))
+    sealed = encode_head(ChainKeys(AUDIT_KEY), "register", REGISTER, first - 1, bytes(link or b""))
+    with tampered(
+        database,
+        sa.delete(audit).where(audit.c.writer == writer),
+        sa.delete(audit_writers).where(audit_writers.c.id == writer),
+        sa.delete(audit_register).where(lines.n >= first),
+        sa.update(audit_register_head).values(n=first - 1, link=sealed),
+    ):
+        bad = make().verify().bad
+    assert bad is not None
+    assert bad.why == "The writer of this row is not in the register of writers."
 
 
 def test_a_writer_without_a_stored_head_is_named(make: Maker, database: Database, rows: list[Any]) -> None:
@@ -508,6 +662,93 @@ def test_a_torn_tail_and_leftovers_of_a_spool_are_ignored(
     assert fresh.adopt_orphans() == 6  # five of the torn one, one of the other; all known already
     assert targets(fresh) == ["online", *(f"s-{n}" for n in range(6))]
     assert fresh.verify().sound
+
+
+def spooled(make: Maker, database: Database, state: Path) -> bytes:
+    """The bytes of a spool of six rows that follow one in the database, left by a process that was killed."""
+    trail = make()
+    trail.record(entry("online"))
+    take_away(database)
+    for n in range(6):
+        trail.record(entry(f"s-{n}"))
+    (path,) = state.glob("*.audit-spool")
+    whole = path.read_bytes()
+    trail._stopped.set()
+    returned(trail)
+    chain, trail._chain = trail._chain, None
+    assert chain is not None
+    assert chain.spool is not None
+    chain.spool.abandon()
+    bring_back(database)
+    return whole
+
+
+def told_damage(text: str) -> list[tuple[str, int]]:
+    """File and number of rows of every damage in the log."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [(line["file"], line["entries"]) for line in lines if line["event"] == Event.AUDIT_SPOOL_DAMAGED]
+
+
+def test_a_rotten_byte_does_not_lose_the_rows_behind_it(
+    make: Maker, database: Database, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies before it is brought in, the file with the rest is kept under another name, and the log tells so."""
+    whole = spooled(make, database, state)
+    (path,) = state.glob("*.audit-spool")
+    third = whole.index(b"s-2")
+    rotten = whole[:third] + b"x" + whole[third + 1 :]
+    path.write_bytes(rotten)
+    fresh = make()
+    assert fresh.adopt_orphans() == 2
+    aside = state / f"{path.name}.damaged"
+    assert aside.read_bytes() == rotten
+    assert told_damage(capsys.readouterr().err) == [(aside.name, 3)]
+    assert targets(fresh) == ["online", "s-0", "s-1"]
+    assert fresh.adopt_orphans() == 0
+    assert fresh.verify().sound
+
+
+def test_what_an_earlier_use_left_behind_is_no_damage(
+    make: Maker, database: Database, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole batches behind a cleared or torn one were brought in long ago: the file is removed as ever."""
+    whole = spooled(make, database, state)
+    assert make().adopt_orphans() == 6
+    cleared, torn = state / f"{'0' * 32}.audit-spool", state / f"{'1' * 32}.audit-spool"
+    cleared.write_bytes(bytes(12) + whole[12:])
+    second = whole.index(b"\x00DBA", 1)
+    torn.write_bytes(whole[: second + 40] + bytes(40) + whole[second + 80 :])
+    assert make().adopt_orphans() == 1
+    assert list(state.glob(f"{'0' * 32}*")) + list(state.glob(f"{'1' * 32}*")) == []
+    assert told_damage(capsys.readouterr().err) == []
+
+
+@pytest.mark.parametrize("how", ["returning", "closing"])
+def test_a_spool_that_rots_under_its_own_process_is_kept(
+    make: Maker, database: Database, state: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """The rows before the damage are brought in and the next ones go into a chain of their own; nothing is thrown away."""
+    trail = make()
+    take_away(database)
+    for n in range(4):
+        trail.record(entry(f"s-{n}"))
+    (path,) = state.glob("*.audit-spool")
+    place = path.read_bytes().index(b"s-2")
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"x")
+    if how == "closing":
+        trail._stopped.set()
+        returned(trail)
+        bring_back(database)
+        trail.close()
+    else:
+        bring_back(database)
+        returned(trail)
+    assert told_damage(capsys.readouterr().err) == [(f"{path.name}.damaged", 1)]
+    trail.record(entry("on"))
+    assert sorted(targets(trail)) == ["on", "s-0", "s-1"]
+    assert trail.verify().sound
 
 
 def test_an_outage_is_borne_for_the_grace_and_caught_up(
@@ -709,10 +950,14 @@ def test_the_head_is_logged_and_can_be_held_against_the_trail(
     trail.record(entry())
     assert capsys.readouterr().err == ""
     trail.log_head()
-    fields = json.loads(capsys.readouterr().err)
-    head = Head(fields["writer"], fields["sequence"], fields["digest"])
-    assert trail.verify([head]).sound
-    assert not trail.verify([Head(head.writer, head.n, "0" * 16)]).sound
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    told = [Head(line["writer"], line["sequence"], line["digest"]) for line in lines]
+    assert [head.writer for head in told] == [lines[0]["writer"], "register"]
+    assert trail.verify(told).sound
+    for head in told:
+        assert not trail.verify([Head(head.writer, head.n, "0" * 16)]).sound
+        assert not trail.verify([Head(head.writer, head.n + 1, head.mac)]).sound
+    head = told[0]
     with pytest.raises(ValueError, match="sixteen"):
         trail.verify([Head(head.writer, head.n, "00")])
 

@@ -513,10 +513,10 @@ def test_every_change_of_what_is_handed_out_shows_in_the_epoch(hosts: tuple[Host
     one.save(replace(first, generation=2))
     with one.database.write() as transaction:
         one.store.change(transaction, second.id, admin_state="disconnecting")
-    assert two.store.changes_since(start) == {first.id: start + 1, second.id: start + 2}
+    assert set(two.store.changes_since(start)) == {first.id, second.id}
     with one.database.write() as transaction:
         one.store.remove(transaction, second.id, generation=1)
     assert two.epoch() == start + 3
-    assert two.store.changes_since(start) == {first.id: start + 1}
+    assert two.store.changes_since(start) == [first.id]
     assert two.store.surviving([first.id, second.id]) == {first.id}
     assert two.store.surviving([]) == set()

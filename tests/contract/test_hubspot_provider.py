@@ -145,7 +145,7 @@ def test_wrong_verifier_is_nobodys_dead_grant(stage: EmulatorStage) -> None:
     outcome = stage.provider.exchange(
         stage.app, code=code, verifier=handshake.new_verifier(), wire=stage.wire()
     )
-    assert outcome == Misconfigured("code_verifier_refused")
+    assert outcome == Misconfigured("code_verifier_refused", whole_app=False)
 
 
 def test_uninstall_takes_the_grant_along(stage: EmulatorStage) -> None:

@@ -76,13 +76,14 @@ def test_the_migrations_make_exactly_the_schema(pair: Pair) -> None:
 _VERSION_TABLES = {MAIN.version_table, AUDIT.version_table}
 
 
-def test_both_counters_begin_at_zero(pair: Pair) -> None:
+def test_the_counters_begin_at_zero(pair: Pair) -> None:
     """The epochs exist from the first start."""
     migrate(*pair)
     with pair[0].read() as connection:
         assert {row.name: row.value for row in connection.execute(sa.select(epochs))} == {
             "access": 0,
             "connections": 0,
+            "removed": 0,
         }
 
 

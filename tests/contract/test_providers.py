@@ -225,7 +225,7 @@ def test_unknown_complaint_is_misconfigured_and_keeps_the_vendors_words_out(stag
     granted = stage.connect()
     stage.misbehave(fault)
     outcome = refresh(stage, granted)
-    assert outcome == Misconfigured("unrecognised_error")
+    assert outcome == Misconfigured("unrecognised_error", whole_app=False)
     assert stage.provider.explain("unrecognised_error")
     assert isinstance(refresh(stage, granted), Granted)
 
@@ -401,7 +401,12 @@ def test_wrong_secrets_do_not_count_as_revoked(httpserver: HTTPServer) -> None:
         (503, "", "retry"),
         (400, '{"error": "unsupported_token_type"}', "impossible"),
         (400, '{"error": "invalid_grant"}', "done"),
-        (404, "", "impossible"),
+        (404, "", "retry"),
+        (405, "<html>", "retry"),
+        (410, "", "retry"),
+        (404, '{"error": "not_found"}', "retry"),
+        (400, '{"error": "never_heard_of"}', "retry"),
+        (400, '{"error": "unauthorized_client"}', "retry"),
         (403, "<html>", "retry"),
     ],
 )

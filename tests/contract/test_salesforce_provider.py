@@ -76,7 +76,9 @@ def test_assertion_mints_a_token_without_a_refresh_token(stage: EmulatorStage, b
 def test_audience_nobody_accepts_is_a_setting_to_correct(stage: EmulatorStage, bearer_grant: Grant) -> None:
     """A refused audience blames the configuration, and the option settles it."""
     wrong = replace(stage.app, options={**stage.app.options, "jwt_audience": "https://elsewhere.example"})
-    assert stage.provider.refresh(wrong, bearer_grant, wire=stage.wire()) == Misconfigured("wrong_audience")
+    assert stage.provider.refresh(wrong, bearer_grant, wire=stage.wire()) == Misconfigured(
+        "wrong_audience", whole_app=False
+    )
     right = replace(stage.app, options={**stage.app.options, "jwt_audience": "https://login.salesforce.com"})
     assert isinstance(stage.provider.refresh(right, bearer_grant, wire=stage.wire()), Granted)
 
@@ -279,7 +281,7 @@ def test_published_id_has_the_published_check_characters() -> None:
         ("inactive_org", Misconfigured("inactive_org", whole_app=False)),
         ("app_blocked", Misconfigured("app_blocked", whole_app=False)),
         ("invalid_client_id", Misconfigured("client_id_unknown")),
-        ("unsupported_grant_type", Misconfigured("unsupported_grant_type")),
+        ("unsupported_grant_type", Misconfigured("unsupported_grant_type", whole_app=False)),
         ("rate_limit_exceeded", Unavailable("rate_limited", rate_limited=True)),
     ],
 )

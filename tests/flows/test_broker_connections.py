@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
+from app.bootstrap import Services
 from app.broker.connect import CallbackRefused, Start
 from app.broker.connection import AdminState, Connection, Health
 from app.broker.notices import Courier, signature
@@ -34,7 +36,7 @@ from app.errors import (
 from app.secret import Secret
 from tests.broker_world import LEASE, World, connect_account, import_line, paused, together
 from tests.installation import HUBSPOT, SALESFORCE
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 # The trip through the consent page
 
@@ -428,6 +430,48 @@ def test_importing_over_a_connection_replaces_it_whole(made: World, before: str)
     assert made.issue(connection).generation == connection.generation + 2
 
 
+def test_a_file_imported_twice_does_not_spend_what_was_spent(made: World) -> None:
+    """The second time the row holds newer tokens than the file: the line is refused, and only --replace stores it."""
+    (grant,) = made.salesforce.grant_many(SALESFORCE, 1)
+    line = import_line("salesforce", grant, living=False, name=made.name())
+    (added,) = made.one.transfer.import_lines([line])
+    (again,) = made.one.transfer.import_lines([line])
+    assert (added.outcome, again.outcome) == ("added", "replaced"), "nothing was refreshed in between"
+    connection = made.one.store.named(added.name or "")
+    assert made.refresh(connection).kind is EndingKind.REFRESHED
+    (refused,) = made.one.transfer.import_lines([line])
+    assert (refused.outcome, "--replace" in (refused.problem or "")) == ("failed", True)
+    assert made.refresh(connection).kind is EndingKind.REFRESHED
+    assert made.salesforce.totals().reuses == 0
+    (forced,) = made.one.transfer.import_lines([line], replace=True)
+    assert forced.outcome == "replaced"
+
+
+def test_a_file_may_be_imported_twice_where_nothing_rotates(made: World) -> None:
+    """The refresh token in the row is still the one of the file."""
+    (grant,) = made.hubspot.grant_many(HUBSPOT, 1)
+    line = import_line("hubspot", grant, living=False, name=made.name())
+    (added,) = made.one.transfer.import_lines([line])
+    assert made.refresh(made.one.store.named(added.name or "")).kind is EndingKind.REFRESHED
+    (again,) = made.one.transfer.import_lines([line])
+    assert again.outcome == "replaced"
+
+
+def test_an_import_does_not_push_a_refresh_aside(made: World) -> None:
+    """The answer that is on its way would come too late for a row that was replaced meanwhile."""
+    (grant,) = made.salesforce.grant_many(SALESFORCE, 1)
+    line = import_line("salesforce", grant, living=False, name=made.name())
+    (added,) = made.one.transfer.import_lines([line])
+    connection = made.one.store.named(added.name or "")
+    with paused(made.one.refresher, "_conclude") as pause:
+        future = made.one.refresher.ask(connection)
+        pause.wait()
+        (meanwhile,) = made.two.transfer.import_lines([line])
+        pause.let_go()
+        assert future.result(PATIENCE).kind is EndingKind.REFRESHED
+    assert (meanwhile.outcome, "under way" in (meanwhile.problem or "")) == ("failed", True)
+
+
 # Export
 
 
@@ -454,11 +498,24 @@ def private(key: X25519PrivateKey) -> Secret:
     return Secret(pem.decode())
 
 
+def export(host: Services, connection: Connection, key: X25519PrivateKey) -> bytes:
+    """What an export delivers, once it is over."""
+    delivered: list[bytes] = []
+    host.transfer.export(connection.name, public_key_pem=public(key), deliver=delivered.append)
+    (blob,) = delivered
+    return blob
+
+
+def refuse(_: bytes) -> None:
+    """An output that takes nothing."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_an_exported_connection_is_left_alone_here(made: World, key: X25519PrivateKey) -> None:
     """The export holds all that an import needs; here it is not handed out, refreshed, exported or revoked again."""
     connection = made.connected("salesforce")
     made.issue(connection)
-    blob = made.one.transfer.export(connection.name, public_key_pem=public(key))
+    blob = export(made.one, connection, key)
     line = json.loads(open_from(private(key), blob))
     assert line["refresh_token"].encode() not in blob
     assert (
@@ -471,7 +528,7 @@ def test_an_exported_connection_is_left_alone_here(made: World, key: X25519Priva
     made.jump(86_400)
     assert made.one.store.claim_due(limit=10, hold=1.0) == []
     with pytest.raises(Conflict, match="moved already"):
-        made.one.transfer.export(connection.name, public_key_pem=public(key))
+        export(made.one, connection, key)
     assert made.refreshes("salesforce", connection) == []
     made.one.revoker.disconnect(connection.name)
     assert made.one.revoker.carry_out(connection.id)
@@ -488,10 +545,21 @@ def test_an_export_waits_for_a_refresh_to_end(made: World, key: X25519PrivateKey
         future = made.one.refresher.ask(made.now(connection))
         pause.wait()
         with pytest.raises(Conflict):
-            made.two.transfer.export(connection.name, public_key_pem=public(key))
+            export(made.two, connection, key)
         pause.let_go()
         future.result()
-    made.two.transfer.export(connection.name, public_key_pem=public(key))
+    export(made.two, connection, key)
+
+
+def test_a_token_that_may_be_spent_is_not_exported(made: World, key: X25519PrivateKey) -> None:
+    """After a lost answer whoever takes it over would present it at once, and lose the living access token as well."""
+    connection = made.connected("salesforce")
+    made.salesforce.misbehave("drop", when="after", count=1)
+    made.refresh(connection)
+    assert made.now(connection).health is Health.UNCERTAIN
+    with pytest.raises(Conflict, match="may be spent"):
+        export(made.one, connection, key)
+    assert made.now(connection).exported_at is None
 
 
 def test_an_export_needs_a_public_key(made: World, key: X25519PrivateKey) -> None:
@@ -501,8 +569,46 @@ def test_an_export_needs_a_public_key(made: World, key: X25519PrivateKey) -> Non
     wrong = rsa_key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     for pem in (private(key).reveal().encode(), b"rubbish", wrong):
         with pytest.raises(InvalidRequest):
-            made.one.transfer.export(connection.name, public_key_pem=pem)
+            made.one.transfer.export(connection.name, public_key_pem=pem, deliver=refuse)
     assert made.now(connection).exported_at is None
+
+
+def test_an_export_that_cannot_be_delivered_changes_nothing(made: World, key: X25519PrivateKey) -> None:
+    """Marked as moved only after the delivery: when that fails, the grant goes on being used and refreshed here."""
+    connection = made.connected("salesforce")
+    with pytest.raises(OSError, match="No space left"):
+        made.one.transfer.export(connection.name, public_key_pem=public(key), deliver=refuse)
+    assert made.now(connection).exported_at is None
+    assert made.refresh(connection).kind is EndingKind.REFRESHED
+    assert export(made.one, connection, key)
+
+
+def test_an_export_that_took_too_long_is_void(made: World, key: X25519PrivateKey) -> None:
+    """A refresh during the delivery voids the copy: a conflict, and the connection stays here."""
+    connection = made.connected("salesforce")
+    with pytest.raises(Conflict, match="in between"):
+        made.one.transfer.export(
+            connection.name, public_key_pem=public(key), deliver=lambda _: void(made.refresh(connection))
+        )
+    assert made.now(connection).exported_at is None
+    assert made.issue(connection).generation == 2
+
+
+def test_only_one_of_two_exports_is_good(made: World, key: X25519PrivateKey) -> None:
+    """Two deliveries at once would be two installations with one grant: the later mark is a conflict."""
+    connection = made.connected("hubspot")
+    with pytest.raises(Conflict, match="in between"):
+        made.two.transfer.export(
+            connection.name,
+            public_key_pem=public(key),
+            deliver=lambda _: void(export(made.one, connection, key)),
+        )
+    moves = made.one.trail.search(action="broker:connection:exported", target=connection.name).rows
+    assert len(moves) == 1
+
+
+def void(_: object) -> None:
+    """Nothing, whatever came out."""
 
 
 # Minted
@@ -538,7 +644,7 @@ def test_a_signed_assertion_mints_tokens(made: World, key: X25519PrivateKey) -> 
     made.jump(2)
     assert made.issue(connection).generation == 3
     with pytest.raises(InvalidRequest, match="mints"):
-        made.one.transfer.export(connection.name, public_key_pem=public(key))
+        export(made.one, connection, key)
     with pytest.raises(Conflict, match="already connected"):
         made.one.connect.add_minted(
             app, name=made.name(), grant_type="jwt_bearer", subject=user, private_key=Secret(pem.decode())
@@ -599,7 +705,10 @@ def test_the_second_client_secret_is_tried(made: World) -> None:
     made.one.apps.rotate(made.one.apps.row(app.id), secrets=[Secret("third-secret")])
     made.jump(2)
     assert made.issue(connection).generation == 3
-    assert made.findings() == [], "the finding ends with the first grant after the rotation"
+    assert made.findings() == ["app_misconfigured"], "the vendor's servers may still disagree"
+    made.jump(120)
+    assert made.one.examiner.lapse() == 1
+    assert made.findings() == [], "the finding ends by itself once nothing was refused for two minutes"
 
 
 # Notices

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -11,12 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
 
 from app.bootstrap import Services, bootstrap
+from app.broker import adoption as adoption_module
 from app.broker.connection import Connection, Health
 from app.broker.refresh import EndingKind
 from app.db.schema import connections
@@ -118,6 +122,8 @@ def test_a_late_token_revives_a_connection_given_up_meanwhile(made: World) -> No
         made.jump(LEASE + 1)
         made.refresh(connection, host=made.two)
         assert made.now(connection).last_error == "lost_answer"
+        # Each host knows the time to a fraction of a second only, and what they tell is looked at in its order.
+        made.jump(1)
         pause.let_go()
         assert future.result(PATIENCE).kind is EndingKind.REFRESHED
     assert made.now(connection).health is Health.HEALTHY
@@ -488,6 +494,56 @@ def test_a_restored_backup_refreshes_nothing_until_it_is_adopted(tmp_path: Path)
             restored.adoption.require()
             restored.refresher.ask(row).result(PATIENCE)
             assert len(made.emulator.control.salesforce.requests()) == 3
+
+
+@pytest.mark.parametrize("step", ["write", "fsync", "rename"])
+def test_the_high_water_mark_is_tried_again_until_it_is_stored(
+    made: World, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A mark the disk refused is no mark: it is written a moment later, though the database has not moved on since."""
+    adoption, file = made.one.adoption, made.made.directory / "host1" / "high-water.json"
+    made.jump(2)
+    adoption.require()
+    before = stored_mark(file)
+    with disk_that_refuses(monkeypatch, step):
+        made.connected("hubspot")
+        made.jump(2)
+        adoption.require()
+        count = made.one.watch.look().connections
+        assert stored_mark(file) == before < count
+    made.jump(2)
+    adoption.require()
+    assert (made.one.watch.look().connections, stored_mark(file)) == (count, count)
+
+
+def stored_mark(file: Path) -> int:
+    """The counter a process would find that starts on this STATE_DIR now."""
+    return int(json.loads(file.read_text())["connections"])
+
+
+@contextmanager
+def disk_that_refuses(monkeypatch: pytest.MonkeyPatch, step: str) -> Iterator[None]:
+    """A disk that is full for the mark, or fails to write back what it took, or to name it."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def write(mark: object, file: IO[str]) -> None:
+        Path(file.name).write_text("{")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rename(file: Path, to: Path) -> Path:
+        return refuse() if to.name == "high-water.json" else renamed(file, to)
+
+    renamed = Path.replace
+    with monkeypatch.context() as patched:
+        if step == "write":
+            patched.setattr(adoption_module, "json", SimpleNamespace(dump=write, loads=json.loads))
+        elif step == "fsync":
+            patched.setattr(adoption_module, "os", SimpleNamespace(getpid=os.getpid, fsync=refuse))
+        else:
+            patched.setattr(Path, "replace", rename)
+        yield
 
 
 def test_a_state_dir_of_another_installation_holds_refreshing(tmp_path: Path) -> None:

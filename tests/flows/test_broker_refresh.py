@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 
-from app.access.audit import Entry
+from app.access.audit import Entry, Found
 from app.access.permissions import Permission
 from app.broker.connection import Health, Rotation
 from app.broker.issue import FORCED_EVERY
 from app.broker.refresh import EndingKind
+from app.clock import Clock
 from app.errors import (
     ConnectionDisabled,
     Forbidden,
@@ -22,6 +24,7 @@ from app.errors import (
     ProviderUnavailable,
     RefreshInProgress,
 )
+from app.telemetry import Event
 from tests.broker_world import LEASE, World, paused, together
 from tests.installation import SALESFORCE
 from tests.waiting import PATIENCE, until
@@ -554,7 +557,7 @@ def test_a_refused_client_is_the_apps_trouble_alone(made: World) -> None:
         assert Health.NEEDS_RECONNECT not in {made.now(connection).health for connection in connections}
     finally:
         made.hubspot.set_secrets("hubspot-client", ["hubspot-secret"])
-    made.jump(61)
+    made.jump(121)
     for connection in connections:
         assert made.issue(connection).generation == connection.generation + 1
     assert made.findings() == []
@@ -621,6 +624,75 @@ def test_an_inactive_introspection_proves_nothing(made: World) -> None:
     connection = made.connected("salesforce")
     assert (connection.life_seconds, connection.life_known) == (900.0, False)
     assert made.issue(connection).life == 900.0
+
+
+def test_a_refusal_decided_about_a_connection_is_on_record_and_an_outage_is_not(made: World) -> None:
+    """P5: lost, exported, switched off: each is on the trail under its code; a provider that is away needs no row."""
+    away, lost, moved, off = (made.expired("hubspot") for _ in range(4))
+    caller = made.caller()
+    made.hubspot.misbehave("status", status=503, count=1)
+    with pytest.raises(ProviderUnavailable):
+        made.one.issuer.issue(caller, away.name)
+    made.hubspot.behave()
+    made.revoke_upstream(lost)
+    made.refresh(lost)
+    made.jump(LEASE + 1)
+    with pytest.raises(NeedsReconnect):
+        made.one.issuer.issue(caller, lost.name)
+    with made.one.database.write() as transaction:
+        assert made.one.store.mark_exported(transaction, made.now(moved), now=made.one.clock.now())
+    made.one.revoker.disable(off.name)
+    for connection in (moved, off):
+        with pytest.raises(ConnectionDisabled):
+            made.one.issuer.issue(caller, connection.name)
+    assert refusals(made, caller.actor) == {
+        (lost.name, "needs_reconnect"): 1,
+        (moved.name, "connection_disabled"): 1,
+        (off.name, "connection_disabled"): 1,
+    }
+
+
+def test_a_caller_in_a_loop_cannot_fill_the_disk_with_refusals(
+    made: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same refusal gets five rows a second and is then counted, for lost and disabled connections alike."""
+    lost, off = made.expired("hubspot"), made.connected("hubspot")
+    caller = made.caller()
+    made.revoke_upstream(lost)
+    made.refresh(lost)
+    made.jump(LEASE + 1)
+    made.refresh(lost)
+    made.one.revoker.disable(off.name)
+    monkeypatch.setattr(made.one.denials, "_clock", StoppedClock())
+    for _ in range(12):
+        with pytest.raises(NeedsReconnect):
+            made.one.issuer.issue(caller, lost.name)
+        with pytest.raises(ConnectionDisabled):
+            made.one.issuer.issue(caller, off.name)
+    codes = {(lost.name, "needs_reconnect"), (off.name, "connection_disabled")}
+    assert refusals(made, caller.actor) == dict.fromkeys(codes, 5)
+    made.one.denials.flush()
+    counted = [row for row in refused(made, caller.actor) if row.outcome == "counted"]
+    assert {(row.target, (row.detail or {})["code"]) for row in counted} == codes
+    assert [(row.detail or {})["count"] for row in counted] == [7, 7]
+
+
+class StoppedClock(Clock):
+    """A second that does not end."""
+
+    def elapsed(self) -> float:
+        """Elapsed seconds: none."""
+        return 0.0
+
+
+def refused(made: World, actor: str) -> Sequence[Found]:
+    """The rows about tokens this caller did not get."""
+    return made.one.trail.search(actor=actor, action=Event.TOKEN_REFUSED, limit=200).rows
+
+
+def refusals(made: World, actor: str) -> Counter[tuple[str, str]]:
+    """How many rows of its own each refusal has, by connection and outcome."""
+    return Counter((row.target, row.outcome) for row in refused(made, actor) if row.outcome != "counted")
 
 
 def test_nothing_is_refreshed_for_those_that_may_not(made: World) -> None:

@@ -333,7 +333,9 @@ def take_leave(made: World, canary: Canary, lived: dict[str, Connection]) -> Non
     key = X25519PrivateKey.generate().public_key()
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     made.jump(61)
-    canary.look_at("export", made.one.transfer.export(lived["salesforce"].name, public_key_pem=pem))
+    made.one.transfer.export(
+        lived["salesforce"].name, public_key_pem=pem, deliver=lambda sealed: canary.look_at("export", sealed)
+    )
     made.one.revoker.disconnect(lived["imported"].name)
     assert made.one.revoker.carry_out(lived["imported"].id)
 

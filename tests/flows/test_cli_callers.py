@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from app.bootstrap import Services
 from tests.flows.cli_stage import audited, terminal
 from tests.installation import connect
 
@@ -56,6 +57,44 @@ def test_a_secret_is_printed_once_for_people_too(tmp_path: Path, monkeypatch: py
         assert said.out.split()[::2] == ["client_id", "client_secret"]
         assert "this once" in said.err
         assert secret not in opened.done("caller", "list").out
+
+
+@pytest.mark.parametrize("words", [("add", "other"), ("rotate", "apex")])
+def test_a_secret_is_shown_whatever_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, str]
+) -> None:
+    """It is kept nowhere else, so it is out before the program ends, which may fail."""
+    with terminal(tmp_path, monkeypatch) as (opened, made):
+        opened.done("caller", "add", "apex")
+        close = Services.close
+
+        def fail(services: Services) -> None:
+            close(services)
+            raise OSError("The disk has gone.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Services, "close", fail)
+            said = opened.type("caller", *words, "--json")
+        assert said.code == 1
+        assert made.host().authentication.authenticate(basic(said.json)).name == words[1]
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_a_secret_that_was_not_shown_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redirection: str
+) -> None:
+    """An output that takes nothing is exit code 1, with the command that makes another secret."""
+    with terminal(tmp_path, monkeypatch) as (_, made):
+        done = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m app caller add apex {redirection}"],
+            env={**os.environ, **made.environment()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "caller rotate apex" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +177,25 @@ def test_keys_are_changed_while_everything_stays_readable(
         assert opened.json("keys", "retire", first["id"])["retired"]
         actions = [action for _, action, _ in audited(opened) if "key" in action]
         assert actions == ["crypto:key:added", "crypto:key:activated", "crypto:key:retired"]
+
+
+def test_what_does_not_open_is_named_when_the_keys_are_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are re-sealed; exit code 1, the record's name and what to do tell that the old key is still needed."""
+    with terminal(tmp_path, monkeypatch, KEYRING_FILE="") as (opened, made):
+        host = made.host()
+        connect(host, made, "hubspot", name="acme")
+        connect(host, made, "salesforce", name="org")
+        made.close()
+        with sqlite3.connect(made.settings().database_url.removeprefix("sqlite:///")) as database:
+            database.execute("UPDATE connections SET sealed = x'00' WHERE name = 'acme'")
+        database.close()
+        opened.done("keys", "add")
+        said = opened.type("keys", "rotate", "--json")
+        assert (said.code, json.loads(said.out)["unopenable"]) == (1, ["connection acme"])
+        assert "must not be retired: connection acme." in said.err
+        assert opened.json("connection", "refresh", "org")["generation"] == 2
 
 
 def test_the_trail_is_verified_against_what_somebody_else_kept(

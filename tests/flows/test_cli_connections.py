@@ -1,5 +1,6 @@
 """Connections from the command line: made, listed, moved, refreshed, switched and taken away."""
 
+import base64
 import json
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from app.crypto.sealed_box import seal_to
 from app.secret import Secret
 from tests.flows.cli_stage import Terminal, audited, terminal
 from tests.flows.worker_stage import CLIENTS
@@ -83,6 +85,47 @@ def test_import_stores_what_is_in_order_and_reports_the_rest_by_line(
         assert again["results"] == [{"line": 1, "outcome": "replaced", "name": "first", "problem": None}]
         assert [row["name"] for row in opened.json("connection", "list")] == ["first", "second"]
         assert opened.json("connection", "refresh", "second")["generation"] == 2
+
+
+ODD = {
+    "deep": b"[" * 200_000,
+    "half a pair": rb'{"provider": "hubspot", "account_id": "1", "refresh_token": "r\ud800"}',
+    "half a pair in a name": rb'{"provider": "hubspot", "account_id": "1", "r\udfff": "r"}',
+    "a null": rb'{"provider": "hubspot", "account_id": "1\u0000", "refresh_token": "r"}',
+    "a null in a list": rb'{"provider": "hubspot", "account_id": "1", "refresh_token": "r", "scopes": ["a\u0000"]}',
+    "latin-1": '{"provider": "hubspot", "account_id": "1", "refresh_token": "ré"}'.encode("latin-1"),
+    "a bare byte": b"\xff",
+}
+
+
+@pytest.mark.parametrize("words", [(), ("--app", "hubspot"), ("--key-file", "private.pem")])
+def test_an_odd_line_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """Endless nesting and what is no text are refused by their line; the line after them is stored."""
+    with terminal(tmp_path, monkeypatch) as (opened, made):
+        good = line_of(made, "hubspot", name="good").encode()
+        if "--key-file" in words:
+            private, public = key_pair(tmp_path)
+            good = base64.b64encode(seal_to(public.read_bytes(), good))
+            words = ("--key-file", str(private))
+        lines = b"\n".join([*ODD.values(), good])
+        said = opened.type("connection", "import", "--json", *words, standard_input=lines)
+        assert said.code == 1
+        assert "fault of the program" not in said.err
+        results = json.loads(said.out)["results"]
+        outcomes = dict(zip([*ODD, "good"], [result["outcome"] for result in results], strict=True))
+        assert outcomes == dict.fromkeys(ODD, "failed") | {"good": "added"}
+        assert [row["name"] for row in opened.json("connection", "list")] == ["good"]
+
+
+def test_letters_of_every_script_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What UTF-8 can write is in order, spelt out or escaped, a pair of surrogates included."""
+    with terminal(tmp_path, monkeypatch) as (opened, made):
+        plain = line_of(made, "hubspot", name="first", access_token="é\N{GRINNING FACE}")
+        written = json.dumps(json.loads(plain), ensure_ascii=False)
+        for line in (plain, written):
+            assert opened.json("connection", "import", standard_input=line.encode())["stored"] == 1
 
 
 def test_a_connection_moves_to_another_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

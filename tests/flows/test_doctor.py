@@ -663,7 +663,7 @@ def test_trouble_of_many_is_one_finding_that_ends_by_itself(
 
     made.hubspot.behave()
     made.hubspot.set_secrets(HUBSPOT, ["hubspot-secret"])
-    made.jump(61)
+    made.jump(121)
     for connection in connections:
         assert made.refresh(connection).kind is EndingKind.REFRESHED
     assert made.findings() == []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,12 @@ class Client:
         """Send and read."""
         self.send(raw)
         return self.answer()
+
+    def answered(self) -> bool:
+        """Whether something has come that was not read yet."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(self._buffer or poll.poll(0))
 
     def ended(self) -> bool:
         """Whether the server has closed the connection."""
@@ -287,6 +294,45 @@ def test_a_fault_in_the_lane_costs_nobody_else_anything(world: World) -> None:
     with pytest.raises(ConnectionError):
         client.answer()
     until(lambda: other.ask(world.get()).express)
+
+
+def test_nobody_waits_with_the_lane_for_its_disk(world: World) -> None:
+    """While the records of some take long, all others are served the usual way, those too who came a moment later."""
+    others = [world.client() for _ in range(CROWD)]
+    with lane_held_up(world) as held:
+        for _ in range(3):
+            for other in others:
+                other.send(world.get())
+            answers = [other.answer() for other in others]
+            assert {(answer.status, answer.express) for answer in answers} == {(200, False)}
+        assert others[0].ask(world.get("/livez")).status == 200
+        assert others[0].ask(world.get("/v1/connections/nobody/token")).status == 404
+        assert not held.answered()
+    assert held.answer().status == 200
+    for other in others:
+        assert other.ask(world.get()).status == 200
+    until(lambda: others[0].ask(world.get()).express)
+
+
+@contextmanager
+def lane_held_up(world: World) -> Iterator[Client]:
+    """Hold the lane's thread up where it waits for the disk, with a request of this client in hand."""
+    client, asked = world.client(), world.get("/v1/connections/acme/token?min_ttl=9.5")
+    held = world.hold.with_suffix(".held")
+
+    def in_hand() -> bool:
+        if client.answered():  # the lane had left it to the usual way
+            assert client.answer().status == 200
+            client.send(asked)
+        return held.exists()
+
+    world.hold.touch()
+    try:
+        client.send(asked)
+        until(in_hand)
+        yield client
+    finally:
+        world.hold.unlink()
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,12 @@ def test_any_json_is_read_or_refused_with_a_sentence(value: Any) -> None:
         assert wishes.rejected == body.get("rejected")
 
 
-@given(st.dictionaries(st.sampled_from(["token", "name", "csrf"]), st.text(max_size=50)))
+@given(
+    st.dictionaries(
+        st.sampled_from(["token", "name", "csrf"]),
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=50),
+    )
+)
 def test_a_form_comes_back_as_it_was_written(fields: dict[str, str]) -> None:
     """Whatever a browser encodes is decoded to the same, once."""
     body = urlencode(fields).encode()
@@ -167,6 +172,15 @@ def test_a_body_that_is_too_large_is_not_parsed() -> None:
     """More than the limit is `TooLarge`, whatever it holds."""
     with pytest.raises(TooLarge):
         read_json(b" " * (LARGEST_BODY + 1), JSON, allowed=())
+
+
+@pytest.mark.parametrize("query", ["name=%00", "name=a%00b", "%00=a", "name=\0"])
+def test_u_0000_is_refused(query: str) -> None:
+    """Neither a name nor a value has it, escaped or bare, in a query or in a form."""
+    with pytest.raises(InvalidRequest, match=r"U\+0000"):
+        read_query(query, allowed=None)
+    with pytest.raises(InvalidRequest, match=r"U\+0000"):
+        read_form(query.encode(), "application/x-www-form-urlencoded", allowed=("name",))
 
 
 def test_a_value_that_is_too_long_is_refused() -> None:

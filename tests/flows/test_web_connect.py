@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import sqlalchemy as sa
 
 from tests.web_stage import HUBSPOT_APP, SECRET, Answer, Stage
 
@@ -283,6 +284,47 @@ def test_undo_takes_back_what_was_just_connected(stage: Stage) -> None:
     undone = browser.post("/connect/hubspot/undo", data=fields)
     assert undone.status_code == 200
     assert stage.services.store.named("acme").state == "disconnecting"
+
+
+def test_undo_without_a_trip_asks_no_database(stage: Stage) -> None:
+    """A browser that has connected nothing is refused before anything is looked up."""
+    asked: list[str] = []
+    looking = sa.event.listens_for(stage.services.database._reader, "before_cursor_execute")
+    looking(lambda _connection, _cursor, statement, *_: asked.append(statement))
+    stage.services.store.by_name("acme")
+    assert len(asked) == 1
+    fields = {"connection": "acme", "token": "1.x"}
+    assert stage.client().post("/connect/hubspot/undo", data=fields).status_code == 400
+    assert len(asked) == 1
+
+
+def test_u_0000_is_nobodys_name(either_stage: Stage) -> None:
+    """PostgreSQL stores no such text and says so by an error; it is refused wherever it comes in."""
+    admin = either_stage.signed_in()
+    either_stage.go_through(admin, "hubspot", name="acme", account="101")
+    for path in (
+        "/admin?after=%00",
+        "/admin?said=disabled&name=%00",
+        "/connect/hubspot?app=%00",
+        "/connect/hubspot?name=a%00",
+        "/connect/hubspot?connection=%00",
+        "/connect/hubspot?link=%00",
+        "/connect/hubspot/callback?state=%00&code=1",
+        "/admin/login?token=%00",
+    ):
+        assert admin.get(path).status_code == 400, path
+    for path, fields in (
+        ("/connect/hubspot/undo", {"connection": "\0", "token": "1.x"}),
+        ("/connect/hubspot", {"app": "\0", "csrf": "x"}),
+        ("/connect/hubspot", {"link": "\0"}),
+        ("/admin/login", {"token": "\0"}),
+    ):
+        assert admin.post(path, data=fields).status_code == 400, path
+    for query in ("after=%00", "state=%00", "app=%00"):
+        refused = either_stage.ask(f"/v1/connections?{query}")
+        assert (refused.status, refused.code) == (400, "invalid_request"), query
+    assert either_stage.ask("/v1/connections/%00/token").status < 500
+    assert either_stage.ask("/v1/connections/%00").status < 500
 
 
 def test_undo_ends_after_a_quarter_of_an_hour(stage: Stage) -> None:

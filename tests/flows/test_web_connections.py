@@ -129,6 +129,8 @@ def test_a_forced_refresh_is_made_once_in_thirty_seconds(stage: Stage, names: li
     assert second.raw.headers["Retry-After"] == "30"
     stage.clock.jump(31)
     assert stage.ask(f"{ALL}/org/refresh", method="POST").json["generation"] == 3
+    rows = stage.services.trail.search(target="org", action="broker:refresh:ended").rows
+    assert [(row.actor, row.outcome) for row in rows] == [("caller:caller", "refreshed")] * 2
 
 
 def test_a_disabled_connection_is_not_refreshed(stage: Stage, names: list[str]) -> None:

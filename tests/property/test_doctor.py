@@ -126,6 +126,7 @@ def reached() -> Iterator[tuple[Reason, Diagnosis]]:
     yield Cause.ACCESS_DENIED, found(Plain(), "misconfigured:access_denied")
     yield Cause.NO_REFRESH_TOKEN, found(HUBSPOT, "refused:no_refresh_token")
     yield Cause.KEY_UNUSABLE, found(SALESFORCE, "misconfigured:assertion_failed", grant_type="jwt_bearer")
+    yield Cause.UNRECOGNISED, found(HUBSPOT, "misconfigured:unrecognised_error")
     # app
     yield Cause.CLIENT_SECRET_REFUSED, found(HUBSPOT, "misconfigured:client_secret_refused")
     yield Cause.CLIENT_UNKNOWN, found(SALESFORCE, "misconfigured:client_id_unknown")
@@ -140,7 +141,7 @@ def reached() -> Iterator[tuple[Reason, Diagnosis]]:
     yield Cause.WRONG_AUDIENCE, found(SALESFORCE, "misconfigured:wrong_audience", grant_type="jwt_bearer")
     yield Cause.MY_DOMAIN_REQUIRED, found(SALESFORCE, "misconfigured:my_domain_required")
     yield Cause.WRONG_ENDPOINT, found(HUBSPOT, "misconfigured:wrong_endpoint")
-    yield Cause.UNRECOGNISED, found(HUBSPOT, "misconfigured:unrecognised_error")
+    yield Cause.UNRECOGNISED_ALIKE, found(HUBSPOT, "misconfigured:unrecognised_error", app=CROWD)
     # outage
     yield Cause.PROVIDER_DOWN, found(HUBSPOT, "unavailable:temporarily_unavailable")
     yield Cause.PROVIDER_UNREACHABLE, found(HUBSPOT, "not_sent:dns", house=HouseFacts(elsewhere_answered=4))

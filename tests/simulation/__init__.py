@@ -8,7 +8,9 @@ simulation knows and the broker cannot: which refresh token the provider holds v
     schedule    tasks, virtual time, locks, events, futures and pools of threads that obey the scheduler
     provider    token endpoints that rotate strictly, do not rotate, or mint; they process late, lose answers, lie
     database    the real `Database` over real SQLite, stopping at each statement
-    world       hosts, processes, disks, callers, admins, and the faults that befall them
+    host        machines, and the starts of the broker on them
+    disk        their disks and file locks
+    world       callers, admins, the operator, and the faults that befall all of them
     checks      the promises
 
     python -m tests.simulation --seed 12345 --trace

@@ -41,7 +41,8 @@ from tests.simulation.provider import Account, Exchange, Family
 from tests.simulation.schedule import Task
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Process, World
+    from tests.simulation.host import Process
+    from tests.simulation.world import World
 
 __all__ = ["Checks", "Request", "Row", "Violation"]
 

@@ -20,7 +20,7 @@ from app.db.sqlite import WAIT, Sqlite
 from tests.simulation.schedule import Died
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Process
+    from tests.simulation.host import Process
 
 __all__ = ["Raw", "SimulatedSqlite", "database_fault"]
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.simulation.checks import Violation
+from tests.simulation.host import Process
 from tests.simulation.provider import FATES
 from tests.simulation.schedule import Step
 from tests.simulation.template import Template
-from tests.simulation.world import Process, World
+from tests.simulation.world import World
 
 __all__ = ["Outcome", "run_schedule"]
 
@@ -31,6 +32,7 @@ _TRAPS: Final = {
     "http.written": 5,
     "http.answered": 5,
     "disk.open": 6,
+    "disk.rename": 3,
     "disk.write": 4,
     "disk.fsync": 8,
     "disk.synced": 8,

@@ -18,7 +18,8 @@ from app.secret import Secret
 from tests.simulation.schedule import Signal, Task
 
 if TYPE_CHECKING:
-    from tests.simulation.world import Process, World
+    from tests.simulation.host import Process
+    from tests.simulation.world import World
 
 __all__ = ["FATES", "Account", "Exchange", "Family", "Network", "SimulatedProvider", "Weather"]
 

@@ -21,15 +21,17 @@ import pytest
 from app.broker import connection as connection_module
 from app.broker import journal as journal_module
 from app.broker import refresh as refresh_module
+from app.broker import store as store_module
 from app.broker.adoption import Adoption
 from app.broker.connect import Connect
 from app.broker.issue import Issuer
 from app.broker.refresh import Refresher
 from app.broker.store import Store
 from app.crypto import envelope
+from tests.simulation.host import Process
 from tests.simulation.plan import Outcome, run_schedule
 from tests.simulation.template import Template, make_template
-from tests.simulation.world import Process, World
+from tests.simulation.world import World
 
 FIRST_SEED = 1
 MOST_SCHEDULES = 60
@@ -328,8 +330,10 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "attempt = new_id(); before = self._store.tokens_of(seen.id)",
             ),
             Edit(Refresher, "_take", "self._store.read_leased(transaction, seen.id)", "before"),
-            Edit(Store, "take_lease", "connections.c.generation == seen.generation,", ""),
-            Edit(Store, "take_lease", "connections.c.health == seen.health.value,", ""),
+            Edit(store_module, "_taking_the_lease", 'columns.generation == seen("seen_generation"),', ""),
+            Edit(store_module, "_taking_the_lease", 'columns.health == seen("seen_health"),', ""),
+            Edit(Store, "take_lease", '"seen_generation": seen.generation,', ""),
+            Edit(Store, "take_lease", '"seen_health": seen.health.value,', ""),
         ),
         "P1",
         a_stopped_reader,
@@ -355,8 +359,8 @@ MUTATIONS: tuple[Mutation, ...] = (
             Edit(
                 Store,
                 "save_tokens",
-                "(connections.c.id == after.id) & (connections.c.generation == after.generation - 1)",
-                "connections.c.id == after.id",
+                '_OF_GENERATION,\n        {"at_id": after.id, "at_generation": after.generation - 1},',
+                '_OF_ID,\n        {"at_id": after.id},',
             ),
         ),
         "fence",
@@ -489,8 +493,8 @@ MUTATIONS += (
             Edit(
                 Store,
                 "replay",
-                "(connections.c.id == entry.connection) & (connections.c.generation == entry.generation - 1)",
-                "connections.c.id == entry.connection",
+                '_OF_GENERATION,\n        {"at_id": entry.connection, "at_generation": entry.generation - 1},',
+                '_OF_ID,\n        {"at_id": entry.connection},',
             ),
         ),
         "fence",

@@ -1,13 +1,7 @@
-"""Hosts, their processes and disks, callers, admins, the operator, and what befalls them.
-
-A *place* is a machine with its STATE_DIR; a *process* is one start of the broker on it. A killed process loses its memory,
-its file locks and its open transaction; a machine that loses power loses in addition what its disk was not made to keep.
-"""
+"""Hosts with their processes, callers, admins, the operator, and what befalls them."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +9,6 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -25,7 +18,6 @@ from typing import Any, Final
 from unittest.mock import patch
 from urllib.parse import parse_qs, urlsplit
 
-from app.access.belief import Belief
 from app.access.callers import Caller, CallerId
 from app.broker import adoption as adoption_module
 from app.broker import connect as connect_module
@@ -33,318 +25,32 @@ from app.broker import issue as issue_module
 from app.broker import journal as journal_module
 from app.broker import refresh as refresh_module
 from app.broker import store as store_module
-from app.broker.adoption import Adoption
-from app.broker.apps import Apps
-from app.broker.connect import Connect
-from app.broker.installation import ActiveKek, Presence
-from app.broker.issue import HandOut, Issuer
-from app.broker.journal import Entry, Journal
-from app.broker.recover import Recovery
-from app.broker.refresh import Process as Identity
-from app.broker.refresh import Refresher
-from app.broker.rekey import Keys
-from app.broker.revoke import Revoker
-from app.broker.store import Store, place_of
-from app.broker.transfer import Transfer
+from app.broker.issue import HandOut
+from app.broker.store import place_of
 from app.clock import Clock
-from app.crypto.envelope import Sealer, open_
+from app.crypto.envelope import open_
 from app.crypto.keyring import Keyring
 from app.db import engine as engine_module
 from app.db import epoch as epoch_module
-from app.db.engine import Database
-from app.db.epoch import EpochWatch
-from app.errors import AuditUnavailable, DrawbridgeError
+from app.errors import DrawbridgeError
 from app.jobs import lane as lane_module
 from app.jobs import schedule as schedule_module
 from app.jobs import worker as worker_module
-from app.jobs.worker import Worker
 from app.oauth2 import handshake as handshake_module
 from app.secret import Secret
 from app.telemetry import Event, logs
 from tests.simulation.checks import Checks, Request, Row
 from tests.simulation.database import SimulatedSqlite, database_fault
-from tests.simulation.provider import Account, Exchange, Family, Network, SimulatedProvider
-from tests.simulation.schedule import Died, Scheduler, Signal, Task, threading_for
+from tests.simulation.disk import Disk, Locks
+from tests.simulation.host import AHEAD, Place, Process
+from tests.simulation.provider import Account, Family, SimulatedProvider
+from tests.simulation.schedule import Scheduler, Signal, Task, threading_for
 from tests.simulation.template import EPOCH, LEASE, TIMEOUT, Template
 
 __all__ = ["Place", "Process", "World"]
 
-_DATABASE_AHEAD: Final = 0.7  # seconds the database's clock is ahead of the true time
+_DATABASEAHEAD: Final = 0.7  # seconds the database's clock is ahead of the true time
 _WAITERS: Final = 4
-_AHEAD: Final = 300.0
-
-
-@dataclass(eq=False)
-class Place:
-    """A machine and its STATE_DIR."""
-
-    name: str
-    directory: Path
-    skew: float
-    boot: float
-    full: bool = False
-    was_full: bool = False
-    synced: dict[str, int] = field(default_factory=dict)
-    seen: tuple[int, float] = (-1, 0.0)  # the epoch its processes saw last, and since when
-    promised: int = -1  # the epoch that must have reached the mark on its disk
-
-    def notes_a_restore(self) -> bool:
-        """Whether a process of this place has seen that the database went back."""
-        mark = self.directory / "high-water.json"
-        return mark.exists() and "restored" in json.loads(mark.read_text())
-
-
-class HostClock(Clock):
-    """A host's clock over virtual time: wrong by its skew, booted at its own moment."""
-
-    def __init__(self, world: World, place: Place) -> None:
-        super().__init__()
-        self._world = world
-        self._place = place
-
-    def local(self) -> float:
-        """What the machine believes."""
-        return self._world.true_time(self._world.scheduler.now) + self._place.skew
-
-    def elapsed(self) -> float:
-        """Seconds since the machine was switched on."""
-        return self._world.scheduler.now + self._place.boot
-
-    def sleep(self, seconds: float) -> None:
-        """Let virtual time pass."""
-        self._world.scheduler.sleep(seconds)
-
-    def wait(self, event: Any, seconds: float) -> bool:
-        """Let it pass until the event is set."""
-        return bool(event.wait(max(0.0, seconds)))
-
-
-@dataclass(eq=False)
-class Process:
-    """One start of the broker on a place."""
-
-    world: World
-    place: Place
-    number: int
-    life: int
-    dead: bool = False
-    frozen: bool = False
-    serving: bool = False
-    could_not_know: bool = False  # that the database was restored
-    raws: list[Any] = field(default_factory=list)
-    descriptors: dict[int, str] = field(default_factory=dict)
-    exchanges: list[Exchange] = field(default_factory=list)
-    read_answers: list[str] = field(default_factory=list)
-    disturbances: int = 0
-    cut_off_until: float = 0.0
-    slow_until: float = 0.0
-    next_fault: str = ""
-
-    def __post_init__(self) -> None:
-        self.name = f"p{self.number}.{self.life}"
-        self.clock = HostClock(self.world, self.place)
-
-    def build(self) -> None:
-        """Wire the real services up, as the program's own bootstrap does; raises what that raises."""
-        world, clock, directory = self.world, self.clock, self.place.directory
-        settings = world.template.settings
-        self.database = Database(world.url, clock=clock, state_dir=directory, threads=8)
-        self.database.sample_clock()
-        self.watch = EpochWatch(self.database, clock)
-        epochs = Belief(self.watch, clock, outage_grace=60.0)
-        sealer = Sealer(world.keyring, ActiveKek(self.database, epochs))
-        network: Any = Network(self)
-        self.store = Store(self.database, sealer)
-        trail: Any = SimpleNamespace(record=lambda entry: None)
-        self.apps = Apps(
-            self.database,
-            sealer,
-            clock,
-            providers=world.template.providers,
-            settings=settings,
-            http=network,
-            trail=trail,
-        )
-        self.journal = Journal(directory / "journal", self.name)
-        self.adoption = Adoption(
-            self.database,
-            self.watch,
-            clock,
-            trail=trail,
-            state_dir=directory,
-            public_url=settings.public_url,
-        )
-        self.refresher = Refresher(
-            self.database,
-            self.store,
-            apps=self.apps,
-            journal=self.journal,
-            adoption=self.adoption,
-            http=network,
-            clock=clock,
-            process=Identity(id=self.name, host=self.place.name),
-            lease_seconds=world.lease,
-            timeout_seconds=world.timeout,
-            ahead_seconds=_AHEAD,
-        )
-        access: Any = Door(self)
-        self.issuer = Issuer(
-            self.store,
-            access=access,
-            refresher=self.refresher,
-            epochs=epochs,
-            clock=clock,
-            waiters=world.waiters,
-            assumed_life=900.0,
-        )
-        self.recovery = Recovery(
-            self.database,
-            self.store,
-            journal=self.journal,
-            apps=self.apps,
-            refresher=self.refresher,
-            clock=clock,
-        )
-        self.connect = Connect(
-            self.database,
-            self.store,
-            apps=self.apps,
-            refresher=self.refresher,
-            sealer=sealer,
-            trail=trail,
-            clock=clock,
-        )
-        self.revoker = Revoker(
-            self.database, self.store, apps=self.apps, refresher=self.refresher, trail=trail, clock=clock
-        )
-        self.transfer = Transfer(self.database, self.store, apps=self.apps, trail=trail, clock=clock)
-        self.keys = Keys(self.database, world.keyring, journal=self.journal, trail=trail, clock=clock)
-        self.presence = Presence(
-            self.database, world.keyring, clock, kind="worker", version="0", process_id=self.name
-        )
-        self.worker = Worker(self._services())
-        self._watch_the_journal()
-
-    def _services(self) -> Any:
-        return SimpleNamespace(
-            clock=self.clock,
-            database=self.database,
-            store=self.store,
-            apps=self.apps,
-            adoption=self.adoption,
-            refresher=self.refresher,
-        )
-
-    def _watch_the_journal(self) -> None:
-        """Let the checks see what is appended and what is forgotten."""
-        append, done = self.journal.append, self.journal.done
-
-        def watched_append(entry: Entry) -> None:
-            task = self.world.scheduler.current
-            assert task is not None
-            task.facts["appends"] = entry
-            try:
-                append(entry)
-            finally:
-                del task.facts["appends"]
-
-        def watched_done(attempt: str) -> None:
-            self.world.checks.dropped(attempt)
-            done(attempt)
-
-        self.journal.append = watched_append  # type: ignore[method-assign]
-        self.journal.done = watched_done  # type: ignore[method-assign]
-
-    # What a serving process does by itself
-
-    def serve(self) -> None:
-        """Start, then claim what is due, again and again, and see to the chores between."""
-        scheduler = self.world.scheduler
-        try:
-            self.build()
-            self.could_not_know = self.world.checks.could_not_know(self)
-            self.presence.enter()
-            self.recovery.run()
-        except DrawbridgeError as error:
-            scheduler.note("start failed", error.code)
-            self.world.kill(self, back_after=2.0 + 5.0 * scheduler.random.random())
-            return
-        self.serving = True
-        chores = 0
-        while True:
-            scheduler.sleep(self.world.next_look())
-            if self.world.worth_a_look():
-                with suppress(DrawbridgeError):
-                    self.worker._claim()
-                    self._remember()
-                    self.worker._dispatch()
-                    if any(row.admin_state == "disconnecting" for row in self.world.checks.rows.values()):
-                        self._revoke_disconnected()
-            chores += 1
-            if chores % 8 == self.number % 8:
-                self._do_chores(chores)
-
-    def _do_chores(self, chores: int) -> None:
-        for chore in (
-            self.refresher.save_leftovers,
-            self.database.sample_clock,
-            lambda: self.store.mark_used(self.issuer.take_used(), now=self.clock.now()),
-        ):
-            with suppress(DrawbridgeError):
-                chore()
-        self.issuer.count()
-        if chores % 16 == self.number % 16:
-            for chore in (self.recovery.run, self.presence.beat):
-                with suppress(DrawbridgeError):
-                    chore()
-
-    def keep_the_mark(self) -> None:
-        """Run the chore "high water" twice, a while apart."""
-        with suppress(DrawbridgeError):
-            self._remember()
-            self.world.scheduler.sleep(1.5)
-            self._remember()
-
-    def _remember(self) -> None:
-        """The chore "high water": what it saw twice a second apart must be on the disk by the second time."""
-        if self.adoption.disagreement() is not None:
-            return
-        now, epoch = self.world.scheduler.now, self.watch.look().connections
-        before, since = self.place.seen
-        if before != epoch:
-            self.place.seen = (epoch, now)
-        elif now - since > 1.2:
-            self.place.promised = max(self.place.promised, epoch)
-
-    def _revoke_disconnected(self) -> None:
-        for connection in self.store.claim_disconnecting(limit=4, hold=120.0):
-            self.revoker.carry_out(connection.id)
-
-
-class Door:
-    """Who may have what is not simulated; that the record may take a while, or fail, is."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    def require(self, *_: object) -> None:
-        """Everybody may."""
-
-    def remembers(self, *_: object) -> bool:
-        """Everybody may, and everybody knows."""
-        return True
-
-    def record(self, *_: object, **__: object) -> None:
-        """A record that is durable after a while."""
-        self.record_all()
-
-    def record_all(self, *_: object) -> None:
-        """Records that are durable after a while."""
-        world = self._process.world
-        world.scheduler.point("audit")
-        if world.audit_fails_until > world.scheduler.now:
-            self._process.disturbances += 1
-            raise AuditUnavailable
 
 
 class World:
@@ -384,7 +90,7 @@ class World:
 
     def database_time(self) -> float:
         """What the database's clock shows."""
-        return EPOCH + self.scheduler.now + _DATABASE_AHEAD
+        return EPOCH + self.scheduler.now + _DATABASEAHEAD
 
     def worth_a_look(self) -> bool:
         """Whether a worker should claim now; most of the looks that would find nothing are spared."""
@@ -514,7 +220,7 @@ class World:
                     life,
                     int((now - age) * 1e6),
                     int((now - age + life) * 1e6),
-                    int((now - age + life - min(_AHEAD, life / 3)) * 1e6),
+                    int((now - age + life - min(AHEAD, life / 3)) * 1e6),
                     int(now * 1e6),
                     "not_seen"
                     if not self.accounts[name].rotating
@@ -776,11 +482,11 @@ class World:
             "expires_at": ends.isoformat(),
             "name": name,
         }
-        list(process.transfer.import_lines([json.dumps(line)]))
+        list(process.transfer.import_lines([json.dumps(line)], replace=True))
 
     def export(self, process: Process, name: str) -> None:
         """Move a connection to another installation."""
-        process.transfer.export(name, public_key_pem=self.template.public_key)
+        process.transfer.export(name, public_key_pem=self.template.public_key, deliver=lambda _: None)
 
     def rekey(self, process: Process) -> None:
         """Make the other key the active one, and re-wrap everything."""
@@ -850,84 +556,3 @@ _CALLER: Final = Caller(
     permissions=(),
     version=1,
 )
-
-
-class Disk:
-    """The module `os` for whoever writes to the disk of a place."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def getpid(self) -> int:
-        """Each process has its own."""
-        process = self._world.here()
-        return 1000 * process.number + process.life
-
-    def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
-        """Open a file; it closes with the process."""
-        process = self._at("disk.open")
-        descriptor = os.open(path, flags, mode)
-        process.descriptors[descriptor] = str(path)
-        return descriptor
-
-    def write(self, descriptor: int, data: bytes) -> int:
-        """Write, if there is room."""
-        process = self._at("disk.write")
-        if process.place.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if (entry := self._appended()) is not None:
-            self._world.checks.written(entry, process)
-        return os.write(descriptor, data)
-
-    def fsync(self, descriptor: int) -> None:
-        """Make the disk keep what was written."""
-        process = self._at("disk.fsync")
-        path = process.descriptors.get(descriptor)
-        if path is not None:
-            process.place.synced[path] = os.fstat(descriptor).st_size
-            if path.endswith(".journal") and (entry := self._appended()) is not None:
-                self._world.checks.journaled(entry)
-        self._world.scheduler.point("disk.synced")
-
-    def ftruncate(self, descriptor: int, size: int) -> None:
-        """Cut a file."""
-        process = self._at("disk.cut")
-        os.ftruncate(descriptor, size)
-        process.place.synced[process.descriptors[descriptor]] = size
-
-    def close(self, descriptor: int) -> None:
-        """Close; a dead process has nothing open."""
-        process = self._world.here()
-        if not process.dead and process.descriptors.pop(descriptor, None) is not None:
-            os.close(descriptor)
-
-    def _appended(self) -> Entry | None:
-        task = self._world.scheduler.current
-        assert task is not None
-        entry: Entry | None = task.facts.get("appends")
-        return entry
-
-    def _at(self, kind: str) -> Process:
-        process = self._world.here()
-        if process.dead:
-            raise Died
-        self._world.scheduler.point(kind)
-        return process
-
-
-class Locks:
-    """The module `fcntl`: the locks are real, and end with the descriptors of a process."""
-
-    LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def flock(self, descriptor: int, operation: int) -> None:
-        """Lock a file if nobody else does."""
-        if self._world.here().dead:
-            raise Died
-        fcntl.flock(descriptor, operation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -144,6 +145,55 @@ def test_a_living_process_keeps_its_journal(tmp_path: Path, journal: Journal) ->
     )
     assert answer.stdout.strip() == "0"
     assert (tmp_path / journal.name).stat().st_size > 0
+
+
+def test_a_file_has_no_name_before_it_is_held(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that adopts at the very moment another begins its file cannot take it away from under it."""
+    real = fcntl.flock
+    met: list[Entry] = []
+
+    def adopted_meanwhile(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        Journal(tmp_path, "starting").adopt_orphans(met.append)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", adopted_meanwhile)
+    journal.append(entry(1))
+    Journal(tmp_path, "starting").adopt_orphans(met.append)
+    assert met == []
+    assert [file.name for file in tmp_path.iterdir()] == [journal.name]
+    assert b"attempt1" in (tmp_path / journal.name).read_bytes()
+
+
+def test_an_entry_that_is_left_is_adopted_while_the_process_lives(tmp_path: Path, journal: Journal) -> None:
+    """It lies in a file nobody holds; the others stay with the process, and of this one nothing stays there."""
+    journal.append(entry(1))
+    journal.append(entry(2))
+    journal.leave("attempt1")
+    journal.leave("unheard-of")
+    assert adopted(tmp_path) == [entry(1)]
+    assert adopted(tmp_path) == []
+    journal.done("attempt2")
+    assert [file.stat().st_size for file in tmp_path.iterdir()] == [0]
+
+
+def test_an_entry_that_cannot_be_left_stays(
+    tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that takes no new file: it is adopted when the process has ended."""
+    journal.append(entry(1))
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        journal.leave("attempt1")
+    assert adopted(tmp_path) == []
+    journal.close()
+    assert adopted(tmp_path) == [entry(1)]
 
 
 def test_only_the_owner_may_read_it(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def show() -> Response:
 def refresh(name: str) -> Response:
     """Refresh now."""
     form_of_admin()
-    force_refresh(services().store.named(name))
+    force_refresh(services().store.named(name), actor=_ACTOR)
     return _back("refreshed", name)
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL is restarted, killed, out of connections, away for as long as the grace and for longer (P1, P2, P5, P6).
+"""PostgreSQL restarts, is stopped at once, killed, out of connections, and gone, also beyond the grace (P1, P2, P5, P6).
 
 While it is away every process goes on handing out the tokens it knows, and writes its audit rows to its own disk. When it is
 back the rows are brought in, in order and once, and answers that the provider gave meanwhile are stored. After the grace
@@ -115,6 +115,13 @@ def _restart(_: Stage, server: PostgresServer) -> tuple[float, float]:
     return gone, gone
 
 
+def _stop_at_once(_: Stage, server: PostgresServer) -> tuple[float, float]:
+    server.stop_at_once()
+    gone = time.time()
+    server.start()
+    return gone, gone
+
+
 def _kill(_: Stage, server: PostgresServer) -> tuple[float, float]:
     server.kill()
     gone = time.time()
@@ -163,6 +170,7 @@ def _take_places(server: PostgresServer, taken: contextlib.ExitStack) -> None:
 
 _OUTAGES: Final[Mapping[str, Callable[[Stage, PostgresServer], tuple[float, float]]]] = {
     "restarted": _restart,
+    "stopped at once": _stop_at_once,
     "killed with SIGKILL": _kill,
     "gone within the grace": _gone,
     "gone for longer than the grace": _gone_too_long,

@@ -35,3 +35,20 @@ def upgrade() -> None:
         sa.Column("head_mac", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_writers")),
     )
+    op.create_table(
+        "audit_register",
+        sa.Column("n", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("writer", sa.String(length=32), nullable=False),
+        sa.Column("sequence", sa.BigInteger(), nullable=False),
+        sa.Column("mac", sa.LargeBinary(), nullable=False),
+        sa.Column("link", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("n", name=op.f("pk_audit_register")),
+    )
+    op.create_index(op.f("ix_audit_register_writer"), "audit_register", ["writer"], unique=False)
+    op.create_table(
+        "audit_register_head",
+        sa.Column("one", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        sa.Column("link", sa.LargeBinary(), nullable=False),
+        sa.PrimaryKeyConstraint("one", name=op.f("pk_audit_register_head")),
+    )

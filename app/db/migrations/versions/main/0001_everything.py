@@ -270,5 +270,5 @@ def upgrade() -> None:
     )
     op.bulk_insert(
         sa.table("epochs", sa.column("name"), sa.column("value")),
-        [{"name": "access", "value": 0}, {"name": "connections", "value": 0}],
+        [{"name": name, "value": 0} for name in ("access", "connections", "removed")],
     )
