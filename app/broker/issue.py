@@ -26,7 +26,7 @@ from app.access.audit import Entry
 from app.access.belief import EpochSource
 from app.access.callers import Caller
 from app.access.policy import Access, Action
-from app.broker.connection import AdminState, Connection, Tokens
+from app.broker.connection import AdminState, Connection, Health, Tokens
 from app.broker.refresh import EndingKind, Refresher, trouble_of
 from app.broker.store import Store
 from app.clock import Clock
@@ -330,6 +330,8 @@ class Issuer:
             if connection is None or connection.generation != token.generation:
                 return self._forget(token)
             now = self._clock.now()
+            if not _enabled(connection) or connection.health is Health.NEEDS_RECONNECT:
+                raise trouble_of(connection, now)
             if connection.lease_until is None or connection.lease_until <= now:
                 since = (now - connection.forced_at).total_seconds() if connection.forced_at else 0.0
                 if _failed_since_forced(connection) or since > _TAKING_UP:

@@ -399,7 +399,7 @@ REGISTER: Final[Mapping[Event, Spec]] = MappingProxyType(
         Event.ACCEPT_PAUSED: _spec(
             "warning",
             "error connections",
-            "There are no files or no memory left for more connections; new ones wait for a moment.",
+            "There is no room for more connections: files, memory or worker_connections; new ones wait.",
         ),
         Event.REQUEST_SLOW: _spec("warning", "method route seconds", "A request took longer than it should."),
         Event.ADMIN_LOGIN_LINK_MADE: _spec("info", "actor", "A one-time admin login link was made."),

@@ -106,7 +106,7 @@ _BROKEN: Final = frozenset(
     }
 )
 _BREATH: Final = 0.5  # seconds without accepting when files or memory are short
-_TELL_AGAIN: Final = 60.0  # seconds between two words about that
+_TELL_AGAIN: Final = 60.0  # seconds between two words about the same
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NOT_NOW: Final = socket.MSG_DONTWAIT
 
@@ -256,7 +256,7 @@ class ExpressWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         self._gathers = False
         self._stop_by = float("inf")
         self._accept_again = 0.0
-        self._told_at = float("-inf")
+        self._told: dict[str, float] = {}
 
     def init_process(self) -> None:
         """Begin in the new process: with as many open files as it may have, and no more connections than they allow."""
@@ -330,6 +330,8 @@ class ExpressWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         """Listen, or leave connections to wait in the system; also for a moment after it ran out of something."""
         if not enabled or time.monotonic() >= self._accept_again:
             super().set_accept_enabled(enabled)
+        if not enabled and self.nr_conns >= self.worker_connections and self._may_tell("connections"):
+            log(Event.ACCEPT_PAUSED, error="worker_connections", connections=self.nr_conns)
 
     def accept(self, listener: socket.socket) -> None:
         """Take a new connection. When there is no file or memory left for it, that is no reason to end."""
@@ -350,12 +352,18 @@ class ExpressWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
             super().enqueue_req(conn)
 
     def _hold_on(self, error: OSError) -> None:
-        now = time.monotonic()
-        self._accept_again = now + _BREATH
+        self._accept_again = time.monotonic() + _BREATH
         self.set_accept_enabled(False)
-        if now - self._told_at >= _TELL_AGAIN:
-            self._told_at = now
+        if self._may_tell("files"):
             log(Event.ACCEPT_PAUSED, error=errno.errorcode[error.errno or 0], connections=self.nr_conns)
+
+    def _may_tell(self, what: str) -> bool:
+        """Whether it is long since this was told: what clients can bring about at will must not fill the log."""
+        now = time.monotonic()
+        if now - self._told.get(what, float("-inf")) < _TELL_AGAIN:
+            return False
+        self._told[what] = now
+        return True
 
     def enqueue_req(self, conn: TConn) -> None:
         """Take what may be a token request aside; the rest goes to the pool as soon as it is whole."""
@@ -550,7 +558,8 @@ class ExpressWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
                 self._drop(conn)
 
     def _refuse(self, conn: TConn, status: HTTPStatus, *, reason: str) -> None:
-        log(Event.REQUEST_UNREADABLE, status=int(status), reason=reason)
+        if self._may_tell(reason):
+            log(Event.REQUEST_UNREADABLE, status=int(status), reason=reason)
         with suppress(OSError):
             _send_now(conn.sock, _problem(status))
         self._drop(conn, graceful=True)

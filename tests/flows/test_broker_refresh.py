@@ -25,7 +25,7 @@ from app.errors import (
     RefreshInProgress,
 )
 from app.telemetry import Event
-from tests.broker_world import LEASE, World, paused, together
+from tests.broker_world import LEASE, World, paused, together, write_direct
 from tests.installation import SALESFORCE
 from tests.waiting import PATIENCE, until
 
@@ -308,6 +308,23 @@ def test_refreshes_are_forced_at_most_every_thirty_seconds(made: World) -> None:
     third = made.two.issuer.issue(caller, connection.name, rejected=second.digest)
     assert third.generation == second.generation + 1
     assert len(made.refreshes("hubspot", connection)) == 2
+
+
+def test_whoever_reports_again_is_told_what_has_become_of_the_connection(made: World) -> None:
+    """Within the thirty seconds as well: 409 and not 503, for waiting would not help."""
+    connection = made.connected("hubspot")
+    caller = made.caller()
+    token = made.one.issuer.issue(caller, connection.name)
+    made.one.revoker.disable(connection.name)
+    for _ in range(2):
+        with pytest.raises(ConnectionDisabled):
+            made.one.issuer.issue(caller, connection.name, rejected=token.digest)
+    made.one.revoker.enable(connection.name)
+    made.jump(FORCED_EVERY)
+    write_direct(made.one.database, connection, health=Health.NEEDS_RECONNECT)
+    for _ in range(2):
+        with pytest.raises(NeedsReconnect):
+            made.one.issuer.issue(caller, connection.name, rejected=token.digest)
 
 
 # Answers that are none

@@ -356,13 +356,14 @@ def test_a_crowd_of_two_thousand_half_requests_keeps_nobody_out(world: World, ma
 
 
 def test_few_open_files_bound_the_connections(serving: Serving, many_files: int) -> None:
-    """Six hundred idle connections at a limit of four hundred files cost no process its life."""
+    """Six hundred idle connections at a limit of four hundred files cost no process its life; it says so once."""
     world = serving(files=400)
     pid = world.worker()
     crowd = [world.client() for _ in range(600)]
     assert [asked(world) for _ in range(5)] == [200] * 5
     assert world.worker() == pid
     assert "Exception in worker process" not in world.log()
+    assert world.log().count("web:accept:paused") == 1
     for client in crowd:
         client.close()
 
