@@ -280,12 +280,7 @@ class Apps:
 
     def went_well(self, transaction: Transaction, app_id: str) -> bool:
         """Close the breaker after a grant; true when there was something to close."""
-        closed = transaction.execute(
-            sa.update(apps)
-            .where(apps.c.id == app_id, apps.c.failures > 0)
-            .values(failures=0, open_until=None)
-            .returning(apps.c.provider, apps.c.name, apps.c.open_reason)
-        ).one_or_none()
+        closed = transaction.execute(_WENT_WELL, {"app_id": app_id}).one_or_none()
         if closed is not None and closed.open_reason is not None:
             transaction.execute(sa.update(apps).where(apps.c.id == app_id).values(open_reason=None))
             log(Event.BREAKER_CLOSED, app=f"{closed.provider}/{closed.name}", provider=closed.provider)
@@ -375,6 +370,12 @@ _COLUMNS: Final = tuple(AppRow.__dataclass_fields__)
 _SELECT: Final = sa.select(*(apps.c[name] for name in _COLUMNS))
 _BY_ID: Final = _SELECT.where(apps.c.id == sa.bindparam("wanted"))
 _WITH_SECRETS: Final = _BY_ID.add_columns(apps.c.secrets)
+_WENT_WELL: Final = (
+    sa.update(apps)
+    .where(apps.c.id == sa.bindparam("app_id"), apps.c.failures > 0)
+    .values(failures=0, open_until=None)
+    .returning(apps.c.provider, apps.c.name, apps.c.open_reason)
+)
 _BREAKER: Final = sa.select(apps.c.open_until, apps.c.open_reason).where(
     apps.c.id == sa.bindparam("wanted"), apps.c.open_until > db_now()
 )

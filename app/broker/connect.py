@@ -24,6 +24,7 @@ from app.access.audit import Entry, Trail
 from app.broker.apps import AppRow, Apps
 from app.broker.connection import AdminState, Connection, ConnectionId, Health, Rotation, Tokens, next_look
 from app.broker.doctor import approvals_of
+from app.broker.journal import INSTALL
 from app.broker.refresh import Refresher, tell_recovered
 from app.broker.store import Store, check_name, new_id
 from app.clock import Clock
@@ -408,7 +409,7 @@ class Connect:
 
     def _stored(self, after: Connection, existing: Connection | None, tokens: Tokens, *, actor: str) -> bool:
         sealed = self._store.seal(tokens, after.id, generation=after.generation)
-        journaled = self._refresher.journal_answer(f"install-{new_id()}", after, sealed)
+        journaled = self._refresher.journal_answer(f"{INSTALL}{new_id()}", after, sealed)
         try:
             stored = self._commit(after, existing, sealed, actor=actor)
         except IntegrityError:

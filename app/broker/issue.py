@@ -20,6 +20,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from typing import Final
 
 from app.access.audit import Entry
@@ -118,6 +119,7 @@ class Issuer:
         self._names: dict[str, str] = {}
         self._seen_epoch = -1
         self._seen_removed = -1
+        self._seen_at = -inf
         # Token, way and seconds it took; appended to by many threads, emptied by one.
         self._handed: deque[tuple[HandOut, str, float]] = deque()
         self._used: set[str] = set()
@@ -250,8 +252,8 @@ class Issuer:
             # Something changed and the database is slow to say what: it may be what was taken away (P6).
             raise DatabaseUnavailable("The database is slow to say what has changed.")
         try:
-            if epochs.connections == self._seen_epoch:
-                return
+            if epochs.connections == self._seen_epoch or epochs.read_at <= self._seen_at:
+                return  # another thread was here with this reading, or with one made after it
             if epochs.connections < self._seen_epoch:
                 # The database went back, and counts anew what was counted before: nothing known can be told from it.
                 self._known.clear()
@@ -260,6 +262,7 @@ class Issuer:
                 for identifier in self._outdated(epochs):
                     self._known.pop(self._names.pop(identifier, ""), None)
             self._seen_epoch, self._seen_removed = epochs.connections, epochs.removed
+            self._seen_at = epochs.read_at
         finally:
             self._lock.release()
 

@@ -29,8 +29,9 @@ from app.crypto.envelope import Sealed
 from app.errors import Overloaded
 from app.telemetry import Event, log, metrics
 
-__all__ = ["FACT_NAMES", "FACT_STAMPS", "Entry", "Journal"]
+__all__ = ["FACT_NAMES", "FACT_STAMPS", "INSTALL", "Entry", "Journal"]
 
+INSTALL: Final = "install-"  # how the attempt of a connect begins
 _SUFFIX: Final = ".journal"
 _UNNAMED: Final = (
     ".unnamed"  # for the moment between making and locking it; empty, so one left behind is nobody's loss
@@ -50,6 +51,11 @@ class Entry:
     sealed: Sealed
     facts: dict[str, Any]
 
+    @property
+    def installs(self) -> bool:
+        """Whether it came of a connect, which an admin was told of, and not of a refresh."""
+        return self.attempt.startswith(INSTALL)
+
 
 class Journal:
     """This process's journal; `append` returns only when the entry would survive a crash of the machine."""
@@ -60,6 +66,7 @@ class Journal:
         self._lock = threading.Lock()
         self._pending: set[str] = set()
         self._descriptor: int | None = None
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -69,6 +76,8 @@ class Journal:
     def append(self, entry: Entry) -> None:
         """Write the entry through to the disk. Raises `Overloaded` when the disk refuses; then nothing was promised."""
         with self._lock:
+            if self._closed:  # what is pending lies in the file, for whoever starts next
+                raise Overloaded("The journal is closed.")
             try:
                 descriptor = self._open()
                 _append(descriptor, _answer(entry))
@@ -106,11 +115,11 @@ class Journal:
         When the disk refuses, it stays in this file until the process ends, and is adopted then.
         """
         with self._lock:
-            entry = next((one for one in _entries(self._path) if one.attempt == attempt), None)
-            if entry is None or self._descriptor is None:
-                return
             path = self._path.with_name(f"{self._path.stem}-{attempt}{_SUFFIX}")
             try:
+                entry = next((one for one in _entries(self._path) if one.attempt == attempt), None)
+                if entry is None or self._descriptor is None:
+                    return
                 descriptor = _create(path)
                 try:
                     _append(descriptor, _answer(entry))
@@ -143,6 +152,7 @@ class Journal:
     def close(self) -> None:
         """Give the file back; removes it when nothing is pending."""
         with self._lock:
+            self._closed = True
             if self._descriptor is None:
                 return
             if not self._pending:

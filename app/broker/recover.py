@@ -53,7 +53,8 @@ class Recovery:
 
     def _bring_in(self, entry: Entry) -> None:
         with self._database.write() as transaction:
-            saved = self._store.replay(transaction, entry)
+            # A connect that was not stored is not completed behind the back of whoever was told that it failed.
+            saved = not entry.installs and self._store.replay(transaction, entry)
             now = self._clock.now()
             standing = self._store.get_within(transaction, entry.connection)
             if saved and standing is not None:
@@ -67,12 +68,11 @@ class Recovery:
                     finished_at=now,
                 )
             )
-            account = entry.facts.get("identity")
-            kept = account is not None and self._store.stands(transaction, entry.facts["app_id"], account)
-        gone = standing is None
+            # It may be the very grant that stands for this account: then nobody may revoke it.
+            kept = self._store.stands(transaction, entry.facts["app_id"], entry.facts["identity"])
         metrics.journal_entries.labels("replayed" if saved else "superseded").inc()
-        log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=gone)
-        if gone and not kept:
+        log(Event.JOURNAL_REPLAYED, attempt=entry.attempt, saved=saved, gone=standing is None)
+        if not saved and not kept:
             self._give_back(entry)
 
     def _give_back(self, entry: Entry) -> None:

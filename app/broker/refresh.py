@@ -234,7 +234,7 @@ class Refresher:
         return attempt
 
     def journal_left(self, attempt: str) -> None:
-        """The answer could not be committed and this process does not try again: recovery brings it in, or gives it back."""
+        """The answer of a connect could not be committed, and this process does not try again: recovery gives it back."""
         self._journal.leave(attempt)
 
     def journal_done(self, attempt: str) -> None:

@@ -175,8 +175,7 @@ class Store:
         wanted, found = sorted(set(ids)), {}
         with self._database.read() as transaction:
             for start in range(0, len(wanted), _AT_ONCE):
-                some = connections.c.id.in_(wanted[start : start + _AT_ONCE])
-                for row in transaction.execute(_SELECT.where(some)):
+                for row in transaction.execute(_THOSE, {"ids": wanted[start : start + _AT_ONCE]}):
                     found[row.id] = _connection(row._mapping)
         return found
 
@@ -259,7 +258,11 @@ class Store:
         return taken.rowcount == 1
 
     def give_lease_back(self, transaction: Transaction, seen: Connection, *, attempt: str) -> None:
-        """Undo `take_lease` where it was carried out and nothing came of it."""
+        """Undo `take_lease` where it was carried out and nothing came of it.
+
+        Waits for a commit that is still under way: what it stored would not be seen yet.
+        """
+        transaction.execute(_LOCK, {"at_id": seen.id})
         transaction.execute(
             _OF_ATTEMPT,
             {
@@ -342,8 +345,13 @@ class Store:
             sa.insert(connections).values(**values, sealed=sealed.blob, kek_id=sealed.kek_id, epoch=epoch)
         )
 
-    def reinstall(self, transaction: Transaction, after: Connection, sealed: Sealed) -> bool:
-        """Replace the tokens of an existing row, no lease needed; only over the generation before."""
+    def reinstall(
+        self, transaction: Transaction, after: Connection, sealed: Sealed, *, at_rest: bool = False
+    ) -> bool:
+        """Replace the tokens of an existing row, no lease needed; only over the generation before.
+
+        With `at_rest` only if no refresh is under way or may have been carried out unheard.
+        """
         columns: tuple[str, ...] = (
             *_HEALTH_FIELDS,
             "account_id",
@@ -355,7 +363,7 @@ class Store:
         columns += ("connected_at", "revoke_since", "grant_type", "exported_at")
         return self._update(
             transaction,
-            _OF_GENERATION,
+            _AT_REST if at_rest else _OF_GENERATION,
             {"at_id": after.id, "at_generation": after.generation - 1},
             **_values(after, columns),
             generation=after.generation,
@@ -418,26 +426,22 @@ class Store:
 
     def claim_due(self, *, limit: int, hold: float) -> list[Connection]:
         """Claim connections whose `refresh_at` has come, and put it `hold` seconds off so that no other worker does."""
-        return self._claim(_DUE, connections.c.refresh_at, limit=limit, hold=hold)
+        return self._claim(_DUE, _PUT_OFF_REFRESH, limit=limit, hold=hold)
 
     def claim_disconnecting(self, *, limit: int, hold: float) -> list[Connection]:
         """The same for connections that still wait to be revoked upstream."""
-        return self._claim(_DISCONNECTING, connections.c.retry_at, limit=limit, hold=hold)
+        return self._claim(_DISCONNECTING, _PUT_OFF_RETRY, limit=limit, hold=hold)
 
     def _claim(
-        self, due: sa.Select[tuple[str]], stamp: sa.Column[datetime], *, limit: int, hold: float
+        self, due: sa.Select[tuple[str]], put_off: sa.Update, *, limit: int, hold: float
     ) -> list[Connection]:
         """Put off what is due, so that nobody else takes it meanwhile, and return it."""
         with self._database.write() as transaction:
             ids = [row.id for row in transaction.execute(due, {"at_most": limit})]
             if not ids:
                 return []
-            transaction.execute(
-                sa.update(connections)
-                .where(connections.c.id.in_(ids))
-                .values({stamp: db_now() + int(hold * _MICROSECONDS)})
-            )
-            rows = transaction.execute(_SELECT.where(connections.c.id.in_(ids)))
+            transaction.execute(put_off, {"ids": ids, "hold": int(hold * _MICROSECONDS)})
+            rows = transaction.execute(_THOSE, {"ids": ids})
             return [_connection(row._mapping) for row in rows]
 
     def mark_used(self, ids: Iterable[str], *, now: datetime) -> None:
@@ -445,28 +449,10 @@ class Store:
         wanted = sorted(ids)
         if not wanted:
             return
-        free = (
-            sa.select(connections.c.id)
-            .where(connections.c.id.in_(wanted))
-            .order_by(connections.c.id)
-            .with_for_update(skip_locked=True)
-        )
         with self._database.write() as transaction:
-            wanted = [row.id for row in transaction.execute(free)]
-            transaction.execute(
-                sa.update(connections)
-                .where(connections.c.id.in_(wanted), connections.c.health == Health.HEALTHY.value)
-                .where(
-                    sa.or_(
-                        connections.c.refresh_at.is_(None),
-                        connections.c.refresh_at > connections.c.expires_at,
-                    )
-                )
-                .values(refresh_at=now)
-            )
-            transaction.execute(
-                sa.update(connections).where(connections.c.id.in_(wanted)).values(last_used_at=now)
-            )
+            free = [row.id for row in transaction.execute(_FREE, {"ids": wanted})]
+            transaction.execute(_LOOK_AGAIN, {"ids": free, "moment": now})
+            transaction.execute(_USED, {"ids": free, "moment": now})
 
     def claim_forced(self, connection_id: str, *, every: float) -> bool:
         """Whether a forced refresh may be made now: at most one per connection in so many seconds."""
@@ -518,6 +504,26 @@ _AT_REST: Final = _OF_GENERATION.where(
     connections.c.last_try.is_(False),
     connections.c.health != Health.UNCERTAIN.value,
 )
+
+_LOCK: Final = sa.select(connections.c.id).where(connections.c.id == sa.bindparam("at_id")).with_for_update()
+_AMONG: Final = connections.c.id.in_(sa.bindparam("ids", expanding=True))
+_THOSE: Final = _SELECT.where(_AMONG)
+_FREE: Final = (
+    sa.select(connections.c.id).where(_AMONG).order_by(connections.c.id).with_for_update(skip_locked=True)
+)
+_LOOK_AGAIN: Final = (
+    sa.update(connections)
+    .where(
+        _AMONG,
+        connections.c.health == Health.HEALTHY.value,
+        sa.or_(connections.c.refresh_at.is_(None), connections.c.refresh_at > connections.c.expires_at),
+    )
+    .values(refresh_at=sa.bindparam("moment"))
+)
+_USED: Final = sa.update(connections).where(_AMONG).values(last_used_at=sa.bindparam("moment"))
+_LATER: Final = db_now() + sa.bindparam("hold", type_=sa.BigInteger())
+_PUT_OFF_REFRESH: Final = sa.update(connections).where(_AMONG).values(refresh_at=_LATER)
+_PUT_OFF_RETRY: Final = sa.update(connections).where(_AMONG).values(retry_at=_LATER)
 
 _DUE: Final = (
     sa.select(connections.c.id)

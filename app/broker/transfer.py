@@ -108,7 +108,8 @@ class Transfer:
         tokens = Tokens(
             access_token=_secret(data["access_token"]), refresh_token=_secret(data["refresh_token"])
         )
-        if existing is not None and not overwrite:
+        in_use = existing is not None and not overwrite and _is_in_use(existing)
+        if existing is not None and in_use:
             self._check_newer(existing, tokens)
         after = self._row(app, data, identity=identity, existing=existing)
         sealed = self._store.seal(tokens, after.id, generation=after.generation)
@@ -116,7 +117,7 @@ class Transfer:
             with self._database.write() as transaction:
                 if existing is None:
                     self._store.insert(transaction, after, sealed)
-                elif not self._store.reinstall(transaction, after, sealed):
+                elif not self._store.reinstall(transaction, after, sealed, at_rest=in_use):
                     raise Conflict("The connection changed while it was imported; import the line again.")
                 tell_recovered(transaction, after, now=self._clock.now())
                 self._trail.record(Entry(actor, Event.CONNECTION_IMPORTED, after.name))
@@ -125,14 +126,15 @@ class Transfer:
         return after.name, "replaced" if existing else "added"
 
     def _check_newer(self, existing: Connection, tokens: Tokens) -> None:
-        """Pass unless what is stored is in use here and newer than what comes."""
-        if existing.health is Health.NEEDS_RECONNECT or existing.exported_at is not None:
-            return
-        if existing.grant_type != "authorization_code" or existing.admin_state is AdminState.DISCONNECTING:
-            return
+        """Pass unless what is stored may be newer than what comes."""
         if existing.open_attempt is not None:
             raise Conflict(
                 f"{existing.name!r} is connected, and a refresh is under way; import the line again."
+            )
+        if existing.health is Health.UNCERTAIN or existing.last_try:
+            raise Conflict(
+                f"{existing.name!r} is connected, and an answer for it was lost: the line's refresh token may be spent. "
+                "If it is a newer one, import it with --replace."
             )
         since, came = existing.last_refresh_at, existing.connected_at
         if since is None or (came is not None and since < came):
@@ -266,6 +268,14 @@ class Transfer:
             raise ExportUnclear(
                 f"The database did not confirm that {connection.name!r} is marked as moved."
             ) from error
+
+
+def _is_in_use(existing: Connection) -> bool:
+    if existing.health is Health.NEEDS_RECONNECT or existing.exported_at is not None:
+        return False
+    if existing.admin_state is AdminState.DISCONNECTING:
+        return False
+    return existing.grant_type == "authorization_code"
 
 
 def _parse(line: str) -> dict[str, Any]:

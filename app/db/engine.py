@@ -41,6 +41,8 @@ _SLOW: Final = 1.0  # seconds; a write that took longer, its wait for other writ
 _LARGEST_SKEW: Final = 5.0  # seconds; far below any token's life, far above any clock that is kept
 PATIENCE: Final = 5.0  # seconds a write waits for its turn; a web request must be answered, if only with 503
 
+_NOW: Final = sa.select(db_now())
+
 _POSTGRESQL_SCHEMES: Final = frozenset({"postgres", "postgresql", "postgresql+psycopg"})
 _SQLITE_SCHEMES: Final = frozenset({"sqlite", "sqlite+pysqlite"})
 
@@ -165,9 +167,9 @@ class Database:
     def sample_clock(self) -> None:
         """Measure the database's clock against this machine's and tell our `Clock`."""
         with self.read() as connection:
-            connection.scalar(sa.select(db_now()))  # connecting must not count as round trip
+            connection.scalar(_NOW)  # connecting must not count as round trip
             asked = self._clock.local()
-            microseconds = connection.scalar(sa.select(db_now()))
+            microseconds = connection.scalar(_NOW)
             answered = self._clock.local()
         self._clock.agree(database=int(microseconds or 0) / 1e6, asked=asked, answered=answered)
         self._tell_skew(self._clock.skew)

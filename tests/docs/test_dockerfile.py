@@ -161,7 +161,7 @@ def test_service_is_locked_down_and_given_time_to_stop(name: str) -> None:
     assert service["tmpfs"] == ["/tmp"]  # noqa: S108
     assert "no-new-privileges:true" in service["security_opt"]
     assert service["volumes"] == ["state:/var/lib/drawbridge"]
-    assert seconds(service["stop_grace_period"]) >= LEASE_SECONDS + 10
+    assert seconds(service["stop_grace_period"]) >= LEASE_SECONDS + 25
 
 
 def test_secrets_come_from_files_and_never_by_value() -> None:

@@ -457,6 +457,20 @@ def test_a_file_may_be_imported_twice_where_nothing_rotates(made: World) -> None
     assert again.outcome == "replaced"
 
 
+def test_an_import_does_not_wake_a_token_that_may_be_spent(made: World) -> None:
+    """After a lost answer the same line again would have it presented while the access token lives."""
+    (grant,) = made.salesforce.grant_many(SALESFORCE, 1)
+    line = import_line("salesforce", grant, living=True, name=made.name())
+    (added,) = made.one.transfer.import_lines([line])
+    connection = made.one.store.named(added.name or "")
+    made.salesforce.misbehave("drop", when="after", count=1)
+    made.refresh(connection)
+    assert made.now(connection).health is Health.UNCERTAIN
+    (again,) = made.one.transfer.import_lines([line])
+    assert (again.outcome, "may be spent" in (again.problem or "")) == ("failed", True)
+    assert made.now(connection).health is Health.UNCERTAIN
+
+
 def test_an_import_does_not_push_a_refresh_aside(made: World) -> None:
     """The answer that is on its way would come too late for a row that was replaced meanwhile."""
     (grant,) = made.salesforce.grant_many(SALESFORCE, 1)

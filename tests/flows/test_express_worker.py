@@ -382,7 +382,7 @@ def test_a_client_that_talks_on_after_the_end_is_cut_off(world: World) -> None:
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(world: World) -> None:
-    """Its answers wait for it in a thread of their own; everybody else is served, and it gets all of them in the end."""
+    """Its answers wait for it outside the threads; everybody else is served, and it gets all of them in the end."""
     deaf, quick = world.client(), world.client()
     asked = 0
     deaf.sock.settimeout(0.3)

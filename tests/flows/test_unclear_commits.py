@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,8 @@ from app.db.epoch import read_counter
 from app.db.schema import epochs
 from app.errors import AuditUnavailable, ConnectionDisabled, DatabaseUnavailable, RefreshHeld
 from app.secret import Secret
-from tests.broker_world import World, connect_account
-from tests.waiting import until
+from tests.broker_world import LEASE, World, connect_account
+from tests.waiting import PATIENCE, until
 
 
 @contextmanager
@@ -77,6 +80,28 @@ def test_a_lease_over_a_silent_holder_is_given_back_as_it_was(
     after = made.now(connection)
     assert (after.open_attempt, after.last_try, after.lease_until) == ("silent", False, None)
     assert made.refresh(connection).kind is EndingKind.REFRESHED
+
+
+def test_a_lease_is_given_back_after_the_commit_that_is_still_under_way(made: World) -> None:
+    """On PostgreSQL a commit may outlive the client that gave up on it: giving back waits for its row."""
+    connection = made.connected("salesforce")
+    given = threading.Event()
+
+    def give_back() -> None:
+        with made.two.database.write() as transaction:
+            made.two.store.give_lease_back(transaction, connection, attempt="unheard")
+        given.set()
+
+    with ThreadPoolExecutor(1) as other:
+        with made.one.database.write() as transaction:
+            assert made.one.store.take_lease(
+                transaction, connection, attempt="unheard", seconds=LEASE, last_try=False
+            )
+            done = other.submit(give_back)
+            made.one.clock.sleep(0.3)  # time enough to find nothing, for one that would not wait
+            assert not given.is_set()
+        done.result(PATIENCE)
+    assert made.now(connection).open_attempt is None
 
 
 # A connect that could not be stored
@@ -146,13 +171,13 @@ def test_nothing_is_connected_that_is_not_on_record(made: World, monkeypatch: py
     assert made.salesforce.totals().endpoints["revoke"] == 1
 
 
-def test_a_reconnect_that_could_not_be_stored_is_brought_in(made: World) -> None:
-    """The row stands as it was before, so the newer grant is stored over it."""
+def test_a_reconnect_that_could_not_be_stored_changes_nothing(made: World) -> None:
+    """Whoever was told that it failed finds the connection as it was, and its own grant is not revoked."""
     connection = made.connected("salesforce")
     come_back(made, "salesforce", a_trip(made, "salesforce", connection.account_id, again=connection))
-    assert made.now(connection).generation == connection.generation
     assert made.one.recovery.run() == 1
-    assert made.now(connection).generation == connection.generation + 1
+    assert made.now(connection) == connection
+    assert made.salesforce.totals().endpoints.get("revoke", 0) == 0
     assert made.refresh(connection).kind is EndingKind.REFRESHED
     assert made.salesforce.totals().reuses == 0
 
@@ -202,6 +227,23 @@ def test_what_is_switched_off_after_a_restore_is_handed_out_no_more(made: World)
     finally:
         for host in made.hosts:
             host.adoption.adopt()
+
+
+def test_an_older_reading_of_the_counter_costs_nothing(made: World) -> None:
+    """A thread that looked a moment before another one does not make the process forget what it knows."""
+    connection = made.connected("hubspot")
+    caller = made.caller()
+    until(lambda: made.one.watch.look().connections == counter(made))
+    made.one.issuer.issue(caller, connection.name)
+    older = made.one.watch.look()
+    newer = replace(older, connections=older.connections + 1, read_at=older.read_at + 0.001)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(made.one.epochs, "glance", lambda: newer)
+        made.one.issuer.learn(newer)
+        assert made.one.issuer.ready(caller, connection.name) is not None
+        patched.setattr(made.one.epochs, "look", lambda: older)
+        made.one.issuer.issue(caller, connection.name)
+        assert made.one.issuer.ready(caller, connection.name) is not None
 
 
 def test_a_refresh_does_not_begin_on_a_database_that_has_just_gone_back(

@@ -94,7 +94,7 @@ class World:
 
     def worth_a_look(self) -> bool:
         """Whether a worker should claim now; most of the looks that would find nothing are spared."""
-        return self._next_due() <= self.database_time() or self.random.random() < 0.06
+        return self._next_due() <= self.database_time() or self.random.random() < 0.02
 
     def next_look(self) -> float:
         """How long a worker sleeps: until something may be due, so that idle time costs nothing."""
@@ -210,9 +210,19 @@ class World:
             self.provider.by_refresh[refresh] = family
         self._fit_row(name, life=life, age=age)
 
+    @contextmanager
+    def behind_the_back(self) -> Iterator[sqlite3.Connection]:
+        """The database as whoever prepares a schedule opens it: nothing of this is a step."""
+        raw = sqlite3.connect(self.database_file, isolation_level=None)
+        try:
+            raw.execute("PRAGMA synchronous=OFF")
+            yield raw
+        finally:
+            raw.close()
+
     def _fit_row(self, name: str, *, life: float, age: float) -> None:
         now = self.database_time()
-        with sqlite3.connect(self.database_file, isolation_level=None) as raw:
+        with self.behind_the_back() as raw:
             raw.execute(
                 "UPDATE connections SET life_seconds = ?, life_known = 1, obtained_at = ?, expires_at = ?,"
                 " refresh_at = ?, last_used_at = ?, rotation = ? WHERE name = ?",
@@ -228,7 +238,6 @@ class World:
                     name,
                 ),
             )
-        raw.close()
 
     def age_token(self, name: str, *, left: float) -> None:
         """Make the access token the template gave a connection live so many seconds from now."""
@@ -240,9 +249,8 @@ class World:
     def keep_only(self, names: list[str]) -> None:
         """Remove the template's other connections."""
         marks = ",".join("?" * len(names))
-        with sqlite3.connect(self.database_file, isolation_level=None) as raw:
+        with self.behind_the_back() as raw:
             raw.execute(f"DELETE FROM connections WHERE name NOT IN ({marks})", names)
-        raw.close()
 
     def may_refuse_once(self, family: Family | None) -> bool:
         """Whether one untrue refusal now must do no harm: the first of this generation, and not at a last try."""
