@@ -16,7 +16,7 @@ Two columns, two writers. An admin moves `admin_state`; the outcome of a refresh
         │ …          ▼                                    ▼                                │
         ├──► retrying ◄──► doubtful                   uncertain ── waits until the access token is dead,
         │                     │                           │        then presents the refresh token once more
-        │                     │ refused again, a lease     │ refused, and not with a crowd
+        │                     │ refused again, a lease     │ refused
         │                     │ apart, and not with a crowd│ (`lost_answer`)
         │                     ▼                           ▼
         │                  needs_reconnect ◄──────────────┘ ───────────────────────────────┘
@@ -367,27 +367,28 @@ def _refused(connection: Connection, code: str, *, now: datetime, rhythm: Rhythm
         return Settled(connection=_lost(connection, f"refused:{code}", now=now), lost=True)
     again = timedelta(seconds=rhythm.lease)
     seen = connection.refused_generation == connection.generation and connection.refused_at is not None
+    if (
+        connection.last_try and not seen
+    ):  # refused before, the grant was dead already when the answer was lost
+        return Settled(connection=_lost(connection, LOST_ANSWER, now=now), lost=True)
     first = connection.refused_at if seen else now
-    # Never refused before an answer was lost: that answer held the newer token. Refused before it: the grant was dead.
-    lost_answer = connection.refused_code == LOST_ANSWER if seen else connection.last_try
-    error = LOST_ANSWER if lost_answer else f"refused:{code}"
     doubtful = replace(
         connection,
         health=Health.DOUBTFUL,
         refused_generation=connection.generation,
         refused_at=first,
-        refused_code=LOST_ANSWER if lost_answer else code,
+        refused_code=code,
         failures=connection.failures + 1,
         retry_at=now + again,
         refresh_at=now + again,
         last_error=f"refused:{code}",
         last_error_at=now,
     )
-    if not lost_answer and (not seen or first is None or now - first < again):
+    if not seen or first is None or now - first < again:
         return Settled(connection=doubtful)
     if crowd.holds(now):
         return Settled(connection=doubtful, trouble=AppTrouble.CROWD)
-    return Settled(connection=_lost(doubtful, error, now=now), lost=True)
+    return Settled(connection=_lost(doubtful, f"refused:{code}", now=now), lost=True)
 
 
 def _lost(connection: Connection, error: str, *, now: datetime) -> Connection:

@@ -27,7 +27,6 @@ from app.broker import alarms, findings, notices
 from app.broker.adoption import Adoption
 from app.broker.apps import PATIENCE, Apps
 from app.broker.connection import (
-    LOST_ANSWER,
     AppTrouble,
     Connection,
     Crowd,
@@ -628,8 +627,7 @@ class Refresher:
             return Crowd()
         refused = sa.and_(
             connections.c.id != connection.id,
-            # One whose answer was lost is marked at its first refusal; of many together it counts like the others.
-            sa.or_(connections.c.health == Health.DOUBTFUL.value, connections.c.last_error == LOST_ANSWER),
+            connections.c.health == Health.DOUBTFUL.value,
             connections.c.last_error_at >= now - _CROWD_WINDOW,
         )
         count, total = _counted(transaction, connection.app_id, refused)

@@ -135,7 +135,7 @@ class Stage:
     def _import(self, line: str) -> None:
         """As an operator would: once more when the connection changed at that very moment."""
         for _ in range(10):
-            (result,) = self.command.transfer.import_lines([line])
+            (result,) = self.command.transfer.import_lines([line], replace=True)
             if result.problem is None:
                 return
             time.sleep(0.1)

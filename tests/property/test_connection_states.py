@@ -214,7 +214,6 @@ class Walk(RuleBasedStateMachine):
             return
         if after.last_error == "lost_answer":
             assert before.last_try
-            assert not crowd.holds(self.now)
             assert self.unclear
             assert before.may_rotate
             assert not before.alive(self.now)
@@ -372,19 +371,6 @@ def test_a_grant_refused_before_an_answer_was_lost_is_not_a_lost_answer() -> Non
     assert (uncertain.health, uncertain.last_try) == (Health.UNCERTAIN, True)
     final = settled(uncertain, Refused("invalid_grant"), now=connection.expires_at)
     assert (final.lost, final.connection.last_error) == (True, "refused:invalid_grant")
-
-
-def test_a_crowd_holds_the_verdict_on_a_last_try_as_well() -> None:
-    """Time-outs and then refusals of many point at the provider; the verdict still says afterwards what was lost."""
-    connection = a_connection()
-    assert connection.expires_at is not None
-    uncertain = settled(connection, Unknown("read_timeout")).connection
-    crowd = Crowd(refused=3, total=10, held_since=connection.expires_at)
-    held = settled(uncertain, Refused("invalid_grant"), now=connection.expires_at, crowd=crowd)
-    assert (held.lost, held.connection.health, held.trouble) == (False, Health.DOUBTFUL, AppTrouble.CROWD)
-    later = connection.expires_at + timedelta(hours=1)
-    final = settled(held.connection, Refused("invalid_grant"), now=later, crowd=crowd)
-    assert (final.lost, final.connection.last_error) == (True, "lost_answer")
 
 
 def test_an_open_attempt_is_not_overtaken_because_its_lease_ran_out() -> None:

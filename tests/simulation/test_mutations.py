@@ -390,7 +390,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             Edit(
                 connection_module,
                 "_refused",
-                "if not lost_answer and (not seen or first is None or now - first < again):",
+                "if not seen or first is None or now - first < again:",
                 "if first is None:",
             ),
         ),
