@@ -33,7 +33,8 @@ def test_tokens_are_renewed_before_the_ones_before_them_expire(database_url: str
         grants = made.emulator.control.grants(vendor="hubspot", app=HUBSPOT)
     assert len(grants) == 20
     for grant in grants:
-        lives = sorted((token.issued_at, token.expires_at) for token in grant.access)
+        # The first came with the import, before there was a worker to keep it.
+        lives = sorted((token.issued_at, token.expires_at) for token in grant.access)[1:]
         gaps = [later[0] - earlier[1] for earlier, later in pairwise(lives)]
         assert max(gaps) < 0, f"a gap of {max(gaps)} s without a living token"
 
