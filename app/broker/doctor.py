@@ -19,7 +19,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
-from app.broker.connection import AdminState, Connection, ConnectionId, Crowd, Health, Rotation
+from app.broker.connection import LOST_ANSWER, AdminState, Connection, ConnectionId, Crowd, Health, Rotation
 from app.broker.findings import FindingKind
 from app.oauth2.causes import FAULTS, Cause, Fault, Remedy
 from app.oauth2.provider import Provider
@@ -392,7 +392,7 @@ def _reasons_of_refusal(facts: Facts, error: str) -> tuple[Reason, ...]:
     if facts.app.finding is FindingKind.MASS_REFUSAL and facts.connection.health is Health.DOUBTFUL:
         return _REFUSED_TOGETHER
     reasons: tuple[Reason, ...] = facts.vendor.causes_of(error)
-    if error == "lost_answer":
+    if error == LOST_ANSWER:
         refusal = next((each.code for each in facts.tries if each.outcome == "refused"), None)
         behind = () if refusal is None else facts.vendor.causes_of(f"refused:{refusal}")
         reasons = tuple(dict.fromkeys((Condition.HOLDER_DIED, *reasons, *behind)))
@@ -445,7 +445,7 @@ def _lost(facts: Facts) -> tuple[int, tuple[str, ...]]:
         if connection.rotation is Rotation.NOT_SEEN:
             return -2, (said, "So far the refresh token did not rotate, so that a lost answer costs nothing.")
         return 3, (said,)
-    if connection.last_error == "lost_answer":
+    if connection.last_error == LOST_ANSWER:
         return 3, ("Which attempt that was is not on record.",)
     return (_RULED_OUT if facts.tries else -2), ()
 

@@ -477,27 +477,26 @@ class Refresher:
         # With the same refresh token as before nothing is lost that could not be asked for again.
         anew = granted.refresh_token is not None and granted.refresh_token != lease.tokens.refresh_token
         journaled = anew and self.journal_answer(lease.attempt, after, sealed) is not None
-        fate: list[_Fate] = []
-        counted: list[int] = []
+        saved: list[tuple[_Fate, int]] = []
 
         def save(transaction: Transaction) -> None:
-            fate[:] = [self._save_grant(transaction, lease, settled, sealed)]
-            counted[:] = [read_counter(transaction, "connections")]
+            saved[:] = [self._save_grant(transaction, lease, settled, sealed)]
 
         def finish() -> None:
             overrun = self._clock.elapsed() - lease.ends
-            self._adoption.saw(counted[0])
+            fate, epoch = saved[0]
+            self._adoption.saw(epoch)
             if journaled:
                 self._journal.done(lease.attempt)
-            if fate[0] is _Fate.SAVED and overrun > 0:
+            if fate is _Fate.SAVED and overrun > 0:
                 seconds, name = round(overrun, 3), lease.connection.name
                 log(Event.LEASE_OVERRUN, connection=name, attempt=lease.attempt, seconds=seconds)
-            if fate[0] is not _Fate.SAVED:
-                self._came_too_late(lease, app, provider, tokens=tokens, gone=fate[0] is _Fate.GONE)
+            if fate is not _Fate.SAVED:
+                self._came_too_late(lease, app, provider, tokens=tokens, gone=fate is _Fate.GONE)
 
         if not self._persist(save, then=finish):
             return Ending(EndingKind.HELD, DatabaseUnavailable())
-        if fate[0] is not _Fate.SAVED:
+        if saved[0][0] is not _Fate.SAVED:
             return Ending(EndingKind.MOVED)
         self._learn_later(after, app, provider, granted)
         return Ending(EndingKind.REFRESHED)
@@ -517,7 +516,10 @@ class Refresher:
             if not self._closed:
                 self._lanes[after.app_id].submit(learn)
 
-    def _save_grant(self, transaction: Transaction, lease: Lease, settled: Settled, sealed: Sealed) -> _Fate:
+    def _save_grant(
+        self, transaction: Transaction, lease: Lease, settled: Settled, sealed: Sealed
+    ) -> tuple[_Fate, int]:
+        """What became of the answer, and the epoch under which it is stored."""
         after, now = settled.connection, self._clock.now()
         saved = self._store.save_tokens(transaction, after, sealed)
         _finish(transaction, lease.attempt, outcome="granted" if saved else "superseded", code=None, now=now)
@@ -526,11 +528,11 @@ class Refresher:
             gone = self._store.get_within(transaction, after.id) is None
             # Another row may stand for the same account by now, with this very grant: then it is not ours to revoke.
             given_up = gone and not self._store.stands(transaction, after.app_id, after.identity)
-            return _Fate.GONE if given_up else _Fate.MOVED
+            return _Fate.GONE if given_up else _Fate.MOVED, 0
         if self._clock.elapsed() > lease.ends:
             # Another process may have tried meanwhile and taken the connection for lost.
             tell_recovered(transaction, after, now=now)
-        return _Fate.SAVED
+        return _Fate.SAVED, saved
 
     def _save_failure(
         self, transaction: Transaction, lease: Lease, settled: Settled, outcome: Outcome, now: datetime

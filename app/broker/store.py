@@ -283,9 +283,12 @@ class Store:
 
     # Fenced writes of a refresh's outcome
 
-    def save_tokens(self, transaction: Transaction, after: Connection, sealed: Sealed) -> bool:
-        """Store a new generation; only if the row still has the one before it, whoever holds the lease by now."""
-        return self._update(
+    def save_tokens(self, transaction: Transaction, after: Connection, sealed: Sealed) -> int:
+        """Store a new generation; only if the row still has the one before it, whoever holds the lease by now.
+
+        The epoch it is stored under, 0 when it was not.
+        """
+        return self._update_under(
             transaction,
             _OF_GENERATION,
             {"at_id": after.id, "at_generation": after.generation - 1},
@@ -327,13 +330,19 @@ class Store:
     def _update(
         self, transaction: Transaction, fenced: sa.Update, fence: Mapping[str, Any], **values: Any
     ) -> bool:
-        """One fenced UPDATE that other processes must learn of.
+        """One fenced UPDATE that other processes must learn of; false when the fence held it off."""
+        return self._update_under(transaction, fenced, fence, **values) != 0
+
+    def _update_under(
+        self, transaction: Transaction, fenced: sa.Update, fence: Mapping[str, Any], **values: Any
+    ) -> int:
+        """The same; the epoch it is stored under, 0 when it is not.
 
         The epoch is bumped first: all writers that need it take it in the same order, so they queue and never deadlock.
         """
         epoch = bump(transaction, "connections")
         updated = transaction.execute(fenced, {**fence, **values, "epoch": epoch})
-        return updated.rowcount == 1
+        return epoch if updated.rowcount == 1 else 0
 
     # Installing
 

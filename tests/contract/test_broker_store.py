@@ -71,7 +71,7 @@ class Host:
         """Try to store a new generation."""
         sealed = self.store.seal(tokens(number), after.id, generation=after.generation)
         with self.database.write() as transaction:
-            return self.store.save_tokens(transaction, after, sealed)
+            return self.store.save_tokens(transaction, after, sealed) != 0
 
     def set(self, connection: Connection, **values: object) -> None:
         """Change columns past the store."""
